@@ -36,7 +36,16 @@ class Lora(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _parse(cls, value: Any) -> Any:
-        return fields_of_text(value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        fields = fields_of_text(value)
+        if abs(fields.get("strength", 0.0)) > STRONGEST:
+            allowed = f"a strength of -{STRONGEST:g} to {STRONGEST:g}, for example style.safetensors:0.8"
+            raise PydanticCustomError("loras", "{allowed}", {"allowed": allowed})
+        if not 0 <= fields.get("start", 0.0) < fields.get("end", 1.0) <= 1:
+            allowed = "shares of the steps from 0 to 1, the smaller one first, for example style.safetensors:1@0-0.5"
+            raise PydanticCustomError("loras", "{allowed}", {"allowed": allowed})
+        return fields
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

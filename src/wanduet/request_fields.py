@@ -141,7 +141,10 @@ def explain(error: ValidationError, fields: Collection[str]) -> InvalidRequestEr
     bounds = {"greater_than_equal": "ge", "less_than_equal": "le"}
     nearest = context.get(bounds.get(first["type"], ""))
     given = None if first["type"] == "missing" else first.get("input")  # the input would be all other fields
-    return InvalidRequestError(name, given, _allowed(first["type"], first["msg"], context, fields), nearest)
+    allowed = _allowed(first["type"], first["msg"], context, fields)
+    if len(first["loc"]) > 2:  # of an object in a list
+        allowed = f"{first['loc'][2]}: {allowed}"
+    return InvalidRequestError(name, given, allowed, nearest)
 
 
 def _allowed(kind: str, message: str, context: dict[str, Any], fields: Collection[str]) -> str:

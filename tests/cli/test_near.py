@@ -28,6 +28,13 @@ import pytest
         ("generate x --frame_num 81", "--num-frames"),
         ("generate x --stepz 4", "--steps"),
         ("generate x --steps", "--steps needs a value"),
+        (
+            "generate x --lora a.pt b.safetensors:0.5 --steps 4",
+            "generate x --lora a.pt --lora b.safetensors:0.5 --steps 4",
+        ),
+        (f"plan --lora a.pt {'x' * 300} b.pt", "--lora a.pt PROMPT --lora b.pt"),
+        ("plan --lora=a.pt b.pt --lora c.pt d.pt", "plan --lora=a.pt --lora b.pt --lora c.pt --lora d.pt"),
+        ('generate --lora a.pt b.pt "a cat"', 'generate --lora a.pt --lora b.pt "a cat"'),
         ("-x", "wanduet --help"),
         (f"{'x' * 300} y", "wanduet generate PROMPT"),
     ],

@@ -44,6 +44,22 @@ def test_refused(wrong: object) -> None:
     assert caught.value.field == "loras"
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("a:11", "loras='a:11' is not allowed: a strength of -10 to 10, for example style.safetensors:0.8"),
+        ("a:-10.5", "a strength of -10 to 10"),
+        ("a:1@0.5-0.2", "loras='a:1@0.5-0.2' is not allowed: shares of the steps from 0 to 1, the smaller one first"),
+        ("a:1@0-2", "for example style.safetensors:1@0-0.5"),
+        ({"name": "a", "strength": 11}, "strength: at most 10"),
+    ],
+)
+def test_a_number_out_of_range_says_what_to_write(wrong: object, words: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        parse(wrong)
+    assert words in str(caught.value)
+
+
 def test_steps() -> None:
     loras = parse("a:1@0-0.5", "b:1@0.5-1", "c", "d:0")
     names = ["".join(lora.name for lora in loras_at(loras, step, 5)) for step in range(5)]

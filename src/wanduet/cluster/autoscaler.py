@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from wanduet.cluster.fit import Fit, FitOf, preference
+from wanduet.cluster.fit import NOWHERE, Fit, FitOf, preference
 from wanduet.cluster.shapes import Expected, Node, ReplicaView, Shape
 from wanduet.cluster.stages import Mode
-from wanduet.jobs.records import DECODE
+from wanduet.jobs.records import DECODE, loras_tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Changes:
     """Changes to make now.
 
     `drain`: ids of replicas that shall take no more jobs and end. `unfit`: demands that fit no node, not even an empty
-    one.
+    one, or no node that has their LoRA.
     """
 
     start: tuple[Start, ...] = ()
@@ -113,9 +113,14 @@ class _Fleet:
             if replica.node in self._free:
                 self._free[replica.node] -= max(1, replica.shape.gpus)
 
-    def fit(self, demand: str, shape: Shape) -> Fit:
-        """Return whether and how fast a demand runs on a shape."""
-        return self._fits(shape)(demand)
+    def fit(self, demand: str, shape: Shape, node: Node | None) -> Fit:
+        """Return whether and how fast a demand runs on a shape; `node`: the one that it is on, if that is known."""
+        lacks = node is not None and loras_tag(demand) in node.lacks
+        return NOWHERE if lacks else self._fits(shape)(demand)
+
+    def fit_on(self, demand: str, replica: ReplicaView) -> Fit:
+        """Return whether and how fast a demand runs on a replica."""
+        return self.fit(demand, replica.shape, self.nodes.get(replica.node or ""))
 
     def leave_draining_nodes(self) -> None:
         """Drain replicas on nodes that are draining or that now do another stage."""
@@ -145,14 +150,15 @@ class _Fleet:
 
     def serve(self, one: Backlog) -> None:
         """Start replicas for a demand that has waited too long, or that fits no replica."""
-        able = [replica for replica in self.active if self.fit(one.demand, replica.shape).fits]
+        able = [replica for replica in self.active if self.fit_on(one.demand, replica).fits]
         if not able:
-            if not self.start_for(one.demand) and one.waited >= self.settings.upscale_seconds:
+            started = self.start_for(one.demand)
+            if not started and one.demand not in self.unfit and one.waited >= self.settings.upscale_seconds:
                 self._make_room(one.demand)
             return
         if one.waited < self.settings.upscale_seconds or one.demand.startswith(DECODE):  # see `staff_stages`
             return
-        seconds = min(self.fit(one.demand, replica.shape).seconds for replica in able)
+        seconds = min(self.fit_on(one.demand, replica).seconds for replica in able)
         wanted = min(one.count, ceil(one.count * seconds / self.settings.target_seconds))
         coming = sum(replica.state == "starting" or not replica.jobs for replica in able)
         for _ in range(wanted - coming):
@@ -161,24 +167,27 @@ class _Fleet:
 
     def start_for(self, demand: str) -> bool:
         """Start the replica on which a demand costs the fewest device-seconds; return False if there is no place."""
-        if self.full:
-            return False
         best: tuple[int, int, int] | None = None
         choice: Start | None = None
         anywhere = False
         for node, shape in self._places():
-            fit = self.fit(demand, shape)
+            fit = self.fit(demand, shape, node)
             anywhere = anywhere or fit.fits
             if not fit.fits or self._free[node.id] < max(1, shape.gpus):
                 continue
             cost = preference(shape, fit)
             if best is None or cost < best:
                 best, choice = cost, Start(node.id, shape)
-        able = [(one, fit) for one in self.settings.expected if (fit := self.fit(demand, one.shape)).fits]
+        # Nodes that are added have no other LoRA than those that are here.
+        expected = (
+            () if any(loras_tag(demand) in node.lacks for node in self.nodes.values()) else self.settings.expected
+        )
+        able = [(one, fit) for one in expected if (fit := self.fit(demand, one.shape, None)).fits]
         if choice is None and able:
             new, _ = min(able, key=lambda one: preference(one[0].shape, one[1]))
             choice, anywhere = Start(None, new.shape, new.label), True
-        if choice is None:
+        if choice is None or self.full:
+            anywhere = anywhere or any(self.fit_on(demand, replica).fits for replica in self.active)
             if not anywhere and self.nodes and demand not in self.unfit:
                 self.unfit.append(demand)
             return False
@@ -193,7 +202,7 @@ class _Fleet:
                 if not self._works(waiting):
                     self._drain(replica)
             elif len(self.whole) > self.settings.minimum and not any(
-                self.fit(one.demand, replica.shape).fits for one in waiting
+                self.fit_on(one.demand, replica).fits for one in waiting
             ):
                 self._drain(replica)
 
@@ -214,7 +223,7 @@ class _Fleet:
             return
         best: tuple[tuple[int, int], list[ReplicaView]] | None = None
         for node, shape in self._places():
-            if not self.fit(demand, shape).fits:
+            if not self.fit(demand, shape, node).fits:
                 continue
             here = [replica for replica in self.replicas if replica.node == node.id]
             leaving = [one for one in here if one.state == "draining" or one.id in self.drained]

@@ -6,7 +6,7 @@ any moment; replicas continue without it. Of several controllers on one database
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
@@ -17,7 +17,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from wanduet.cluster.autoscaler import Changes, Start, decide
 from wanduet.cluster.fit import Fitter
+from wanduet.cluster.loras import MissingLoras, explain_missing
 from wanduet.cluster.planner import StagePlanner
+from wanduet.cluster.scheduler import Waiting
 from wanduet.cluster.settings import ClusterSettings
 from wanduet.cluster.shapes import Gone, Node, ReplicaView
 from wanduet.cluster.stages import StagePlan
@@ -26,7 +28,7 @@ from wanduet.cluster.trouble import find_trouble
 from wanduet.jobs.housekeeping import Housekeeper
 from wanduet.jobs.logs import describe_error
 from wanduet.jobs.model_watch import ModelWatch
-from wanduet.jobs.records import DECODE, JobError, ModelId, demand_of
+from wanduet.jobs.records import DECODE, JobError, LoraLostError, ModelId, demand_of, loras_tag
 from wanduet.jobs.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
@@ -121,6 +123,7 @@ class Controller:
         self._paused: dict[str, tuple[float, float]] = {}  # paused nodes: until when, and for how long
         self._seen: dict[str, tuple[float, Node]] = {}  # nodes, with the time when they were last alive
         self._unfit_since: dict[str, float] = {}  # since when demands fit none of them
+        self._missing_loras = MissingLoras()
         self._dead: dict[str, bool] = {}  # workers that ended: whether their node was lost, too
         runner = settings.worker.runner
         self._housekeeper = Housekeeper(
@@ -189,8 +192,11 @@ class Controller:
         replicas, gone = self._fleet.poll()
         for one in gone:
             self._note(one)
-        nodes = self._fleet.nodes(self._store.drained_nodes())
         waiting = self._store.waiting(model=self._model)
+        self._missing_loras.note(replicas, waiting)
+        nodes = tuple(
+            replace(node, lacks=self._missing_loras.on(node)) for node in self._fleet.nodes(self._store.drained_nodes())
+        )
         backlog = self._store.backlog(waiting)
         stages = self._stages(nodes, backlog, demand_of({}))
         changes = decide(
@@ -207,11 +213,12 @@ class Controller:
             self._fleet.start(start)
         trouble = None if changes.start else find_trouble(nodes, replicas, self._settings.scale)
         reasons = {one.demand: trouble for one in waiting} if trouble is not None else {}
-        reasons |= {demand: trouble or _does_not_fit(demand, nodes) for demand in changes.unfit}
+        unfit = {demand: self._why_unfit(demand, waiting, nodes) for demand in changes.unfit}
+        reasons |= {demand: trouble or error.message for demand, error in unfit.items()}
         hopeless = self._hopeless(changes.unfit, nodes)
         for group in waiting:
             if group.demand in hopeless:
-                error = JobError("does_not_fit", reasons[group.demand], "invalid_request_error")
+                error = replace(unfit[group.demand], message=reasons[group.demand])
                 refused = self._store.refuse(group, "controller", error, self._model)
                 log.warning("jobs fit no node", demand=group.demand, jobs=refused)
         self._explain(reasons)
@@ -219,13 +226,28 @@ class Controller:
         self._publish_stages(stages, nodes, trouble)
         return changes
 
+    def _why_unfit(self, demand: str, waiting: Iterable[Waiting], nodes: tuple[Node, ...]) -> JobError:
+        """Return why a demand can be started on no node: no node is large enough, or none of those has its LoRA."""
+        able = [node for node in nodes if loras_tag(demand) in node.lacks and self._fits(demand, node)]
+        if not able:
+            return JobError("does_not_fit", _does_not_fit(demand, nodes), "invalid_request_error")
+        oldest = next(one.job_id for one in waiting if one.demand == demand)
+        return JobError(LoraLostError.code, explain_missing(self._store.loras_of(oldest), able))
+
+    def _fits(self, demand: str, node: Node) -> bool:
+        return any(self._fitter.on(shape)(demand).fits for shape in node.shapes(self._settings.scale.gpus))
+
     def _hopeless(self, unfit: tuple[str, ...], nodes: tuple[Node, ...]) -> frozenset[str]:
         """Return demands that have fitted no node, nor one that may come back, for `unfit_seconds`."""
         now = self._monotonic()
         self._seen |= {node.id: (now, node) for node in nodes}
         self._seen = {key: one for key, one in self._seen.items() if now - one[0] < REMEMBER_SECONDS}
-        away = [shape for _, node in self._seen.values() for shape in node.shapes(self._settings.scale.gpus)]
-        unfit = tuple(demand for demand in unfit if not any(self._fitter.on(shape)(demand).fits for shape in away))
+        seen = [node for _, node in self._seen.values()]
+        unfit = tuple(
+            demand
+            for demand in unfit
+            if not any(loras_tag(demand) not in node.lacks and self._fits(demand, node) for node in seen)
+        )
         self._unfit_since = {demand: self._unfit_since.get(demand, now) for demand in unfit}
         patience = self._settings.unfit_seconds
         return frozenset(demand for demand, since in self._unfit_since.items() if now - since >= patience)

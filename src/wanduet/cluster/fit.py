@@ -17,7 +17,7 @@ from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.spec import ModelSpec
 from wanduet.footprint.phases import ModelMemory, text_encoder_bytes
-from wanduet.jobs.records import DECODE, SHORT_MODES, SHORT_NAMES
+from wanduet.jobs.records import DECODE, LORAS, SHORT_NAMES, SHORT_WORDS
 from wanduet.planning.cost import MOST_CORES, encode_seconds
 from wanduet.planning.hardware import Hardware
 from wanduet.planning.plan import Plan
@@ -162,8 +162,12 @@ def parse_demand(demand: str, spec: ModelSpec) -> ResolvedRequest:
         size, steps, branches, videos, *rest = demand.split("/")
         given = [text for text in rest if "=" not in text]
         skips: dict[str, str] = dict(text.split("=") for text in rest if "=" in text)
-        words = {short: mode for mode, short in SHORT_MODES.items()}
-        fields: dict[str, Any] = {SHORT_NAMES[short]: words.get(value, value) for short, value in skips.items()}
+        skips.pop(LORAS, None)  # they need host memory, which is not what limits a replica
+        words = {short: word for word, short in SHORT_WORDS.items()}
+        fields: dict[str, Any] = {}
+        for short, value in skips.items():
+            word, colon, number = value.partition(":")
+            fields[SHORT_NAMES[short]] = f"{words.get(word, word)}{colon}{number}"
         fields |= {name: float(fields[name]) for name in fields.keys() & NUMBERS}
         strength = None if given in ([], ["-"]) else float(*given)
         height, width, frames = size.split("x")

@@ -40,7 +40,7 @@ class StagePlanner:
             self._nodes = here
             self._kinds = defaultdict(list)
             for node in here:
-                self._kinds[replace(node, id="", name="", resting=False, stage="all")].append(node)
+                self._kinds[replace(node, id="", name="", resting=False, stage="all", lacks=frozenset())].append(node)
         demands = {one.demand.removeprefix(DECODE): one for one in backlog}
         if demands:
             self._demand = max(demands, key=lambda demand: self._work(demand, demands[demand].count))

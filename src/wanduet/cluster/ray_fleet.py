@@ -226,8 +226,11 @@ class RayFleet:
             return self._remove(name)
         member.draining = member.draining or status.draining
         state = "draining" if member.draining else "ready"
+        lacks: frozenset[str] = getattr(
+            status, "lacks", frozenset()
+        )  # a replica that an earlier version started says nothing
         member.view = ReplicaView(
-            name, status.node, status.shape, state, status.worker, status.jobs, status.idle_seconds
+            name, status.node, status.shape, state, status.worker, status.jobs, status.idle_seconds, lacks
         )
         if not name.startswith(f"{PREFIX}{self._settings.fingerprint}-"):
             self.drain(name)  # it has other settings

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from wanduet.cluster.files import open_files
 from wanduet.cluster.fit import NOWHERE, Fit, FitOf, Fitter
 from wanduet.cluster.handover import DECODER, Handover
+from wanduet.cluster.loras import NodeLoras
 from wanduet.cluster.settings import REPLICA_CONNECTIONS, ReplicaOrder
 from wanduet.cluster.shapes import Shape, declared_devices
 from wanduet.cluster.store import ClusterStore
@@ -33,7 +34,8 @@ DECODE_ENGINE = "wanduet.engine.decoder:Decoder"
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatus:
-    """A replica's status. `worker` is the name on its leases; `ended`: it was drained, or gave up."""
+    """A replica's status. `worker` is the name on its leases; `ended`: it was drained, or gave up; `lacks`: as in
+    `ReplicaView`."""
 
     worker: str | None
     jobs: tuple[str, ...]
@@ -43,6 +45,7 @@ class ReplicaStatus:
     shape: Shape
     node: str | None
     pid: int
+    lacks: frozenset[str] = frozenset()
 
 
 class Replica:
@@ -64,6 +67,7 @@ class Replica:
             worker = replace(worker, engine=engine, runner=replace(worker.runner, attempt=attempt))
         self._engine = make_engine(worker)
         fitter, fit_of = self._fits(order)
+        self._loras = NodeLoras(config.lora_dir)
         self._store = ClusterStore(
             open_files(config.data_folder, settings.storage),
             order.database_url,
@@ -74,6 +78,7 @@ class Replica:
             retention_seconds=worker.retention_seconds,
             connections=REPLICA_CONNECTIONS,
         )
+        self._store.loras = self._loras
         never_make(config.data_folder)
         hooks = getattr(self._engine, "hooks", None)
         self._watchdog = Watchdog(worker.runner.hangs)  # ends the actor, which Ray reports to the controller
@@ -93,7 +98,15 @@ class Replica:
         idle = 0.0 if self._idle_since is None else now - self._idle_since
         ended = not self._thread.is_alive()
         return ReplicaStatus(
-            self._runner.worker, jobs, idle, self._runner.draining, ended, self._order.shape, self._node, os.getpid()
+            worker=self._runner.worker,
+            jobs=jobs,
+            idle_seconds=idle,
+            draining=self._runner.draining,
+            ended=ended,
+            shape=self._order.shape,
+            node=self._node,
+            pid=os.getpid(),
+            lacks=self._loras.lacking,
         )
 
     def drain(self) -> None:

@@ -55,7 +55,8 @@ class Node:
     """A machine of the cluster.
 
     `draining`: nothing starts there, and running jobs move away. `resting`: nothing starts there for now. `stage`: what
-    the node does of a job now. `wish`: the stage that its operator requested.
+    the node does of a job now. `wish`: the stage that its operator requested. `lacks`: tags of the demands whose LoRA
+    files it does not have.
     """
 
     id: str
@@ -69,6 +70,7 @@ class Node:
     computes: bool = True  # a node without GPUs takes replicas only if the CPU was selected
     stage: Stage = "all"
     wish: Stage | None = None
+    lacks: frozenset[str] = frozenset()
 
     def shape(self, gpus: int) -> Shape:
         """Return the shape of `gpus` of its GPUs.
@@ -99,7 +101,8 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """A replica as the controller sees it. `idle_seconds`: time since its last job ended, 0 while it has one."""
+    """A replica as the controller sees it. `idle_seconds`: time since its last job ended, 0 while it has one. `lacks`: as
+    in `Node`, of the jobs that waited when it last looked for one."""
 
     id: str
     node: str | None  # None until it is placed
@@ -108,6 +111,7 @@ class ReplicaView:
     worker: str | None = None
     jobs: tuple[str, ...] = field(default=())
     idle_seconds: float = 0.0
+    lacks: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

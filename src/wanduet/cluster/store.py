@@ -17,6 +17,7 @@ from wanduet.cluster import scheduler
 from wanduet.cluster.autoscaler import Backlog
 from wanduet.cluster.fit import FitOf
 from wanduet.cluster.handover import Handover, leaves_decode, ready_decoders
+from wanduet.cluster.loras import NodeLoras
 from wanduet.cluster.scheduler import PATIENCE_SECONDS, Pick, Share, Waiting
 from wanduet.jobs import statements
 from wanduet.jobs.database import OPEN_SECONDS
@@ -24,6 +25,7 @@ from wanduet.jobs.files import JobFiles
 from wanduet.jobs.records import DECODE, WAITING, JobError, Lease, ModelId, StoredJob, demand_of, submitted_at
 from wanduet.jobs.schema import SERIAL, jobs
 from wanduet.jobs.store import JobStore
+from wanduet.loras import Lora
 
 TRIES = 8  # jobs that a claim tries before it reads the queue again
 UNFIT_LEASE_SECONDS = 30.0
@@ -89,6 +91,10 @@ _TAKE = statements.taking(jobs.c.id == _OLDEST.scalar_subquery())
 _TAKE_UNBLAMED = statements.taking(jobs.c.id == _OLDEST.where(jobs.c.crashes == 0).scalar_subquery())
 
 
+def _loras_in(request: dict[str, Any]) -> list[Lora]:
+    return [Lora(**lora) for lora in request.get("loras") or ()]
+
+
 def _later(one: Any, other: Any) -> Any:
     """Return the greater of two expressions."""
     return sa.case((one > other, one), else_=other)
@@ -131,6 +137,7 @@ class ClusterStore(JobStore):
         self._devices = devices
         self._patience = patience_seconds
         self._handover = handover
+        self.loras: NodeLoras | None = None  # of the replica's node: jobs with others are not claimed
         self._create_tables()
 
     def claim(
@@ -158,6 +165,15 @@ class ClusterStore(JobStore):
         with self._read() as connection:
             queued = connection.scalar(_DECODES) or 0
         return leaves_decode(job, decoders, queued, lambda shape: fits(shape, DECODE + demand_of(job.request)))
+
+    def lacks_loras(self, job: StoredJob) -> bool:
+        """Return whether this node has not the LoRA files of a job."""
+        return self.loras is not None and not self.loras.has(_loras_in(job.request))
+
+    def loras_of(self, job_id: str) -> list[Lora]:
+        """Return the LoRA of a job; none if it is gone."""
+        with self._read() as connection:
+            return _loras_in(connection.scalar(sa.select(jobs.c.request).where(jobs.c.id == job_id)) or {})
 
     def decoders(self) -> list[str]:
         """Return the shapes of ready decoders, from the controller's last list."""
@@ -292,11 +308,11 @@ class ClusterStore(JobStore):
     def _picks(self, fit_of: FitOf, alone: bool, model: ModelId | None) -> list[Pick]:
         with self._read() as connection:
             waiting = self._waiting(connection, alone, model)
-            if not waiting:
-                return []
             # A single owner is first, whatever its share.
-            alike = len({one.owner for one in waiting}) == 1
+            alike = len({one.owner for one in waiting}) <= 1
             rows = [] if alike else connection.execute(sa.select(shares)).all()
+        if self.loras is not None:
+            waiting = tuple(self.loras.available(waiting, self.loras_of))
         if self._handover is not None:
             waiting = tuple(self._handover.take_back(waiting, self.decoders))
         known = {row.owner: Share(row.start, row.finish) for row in rows}

@@ -7,6 +7,7 @@ the inference code of each project.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import atan, tan
+from pathlib import Path
 from typing import Any
 
 from wanduet.family.spec import SelfAttention
@@ -18,6 +19,7 @@ _RCM = tuple(1000 * tan(angle) / (1 + tan(angle)) for angle in (atan(80), 1.5, 1
 _ORIGINAL = "in the original layout"
 SINGLE_FILE = "a file of a transformer alone"
 _PICKLE = "a .pt file with the original names"
+_CHUNKS = "causal attention over chunks of 3 latent frames, with the keys and values of earlier chunks"
 # Parts of the names of the tensors of VSA's gate and SLA's projection.
 VSA_KEY, SLA_KEY = ".to_gate_compress.", ".proj_l."
 MODULES = {"vsa": VSA_KEY, "sla": SLA_KEY}
@@ -28,7 +30,7 @@ class FewStep:
     """Few-step weights of one project, all run in the same way.
 
     `repositories`: hub ids, of which the last part is also recognised as a folder's name. `files`: names of single
-    files. `pipelines`: `_class_name` in model_index.json. `keys`: parts of the names of transformer tensors that other
+    files, or of the folder of a file that is named `model`. `pipelines`: `_class_name` in model_index.json. `keys`: parts of the names of transformer tensors that other
     weights do not have. `attention` and `key_share`: as in `TransformerSpec`. `needs`: what the weights do not run without
     and wanduet does not have. `published`: what the repositories have, if it is no model that wanduet fetches. `size`: height,
     width and number of frames of the training videos.
@@ -110,6 +112,16 @@ FEW_STEP = (
         timesteps=_DMD,
         flow_shift=8.0,
         repositories=("tianweiy/CausVid",),
+        files=("bidirectional_checkpoint1", "bidirectional_checkpoint2"),
+        published=_PICKLE,
+    ),
+    FewStep(
+        name="CausVid, frame by frame",
+        sampler="renoise",
+        timesteps=_DMD,
+        flow_shift=8.0,
+        files=("autoregressive_checkpoint",),
+        needs=_CHUNKS,
         published=_PICKLE,
     ),
     FewStep(
@@ -119,7 +131,7 @@ FEW_STEP = (
         flow_shift=5.0,
         repositories=("gdhe17/Self-Forcing",),
         files=("self_forcing_dmd.pt",),
-        needs="causal attention over chunks of 3 latent frames, with the keys and values of earlier chunks",
+        needs=_CHUNKS,
         published=_PICKLE,
     ),
     FewStep(
@@ -195,6 +207,11 @@ def by_name(name: str) -> FewStep | None:
         if last in (known.rpartition("/")[2].lower() for known in (*one.repositories, *one.files)):
             return one
     return None
+
+
+def by_file(path: Path) -> FewStep | None:
+    """Return the few-step weights of a file, by its name, or its folder's if it is called `model`; None for others."""
+    return by_name(path.name) or (by_name(path.parent.name) if path.stem == "model" else None)
 
 
 def by_tensors(names: Iterable[str]) -> FewStep | None:

@@ -277,13 +277,12 @@ class Attempt:
                 self._store.files.discard_work(self._lease.job.id)
 
     def _failed(self, error: WanduetError) -> None:
-        if self._settings.gives_back:
+        about = getattr(error, "field", None)
+        if self._settings.gives_back or (about == "loras" and self._store.lacks_loras(self._lease.job)):
             whole = demand_of(self._lease.job.request)
             return self._end(lambda: self._store.release(self._lease, whole), f"given back: {error.code}")
-        if isinstance(error, InvalidRequestError) and error.field == "input_video":
-            error = self._of_input(error)
-        if isinstance(error, InvalidRequestError) and error.field == "loras":
-            error = LoraLostError(error.given)
+        if isinstance(error, InvalidRequestError) and about in ("input_video", "loras"):
+            error = LoraLostError(error.given) if about == "loras" else self._of_input(error)
         if error.__cause__ is not None or bool(
             getattr(error, "details", "")
         ):  # a rank's traceback, or the error behind this one

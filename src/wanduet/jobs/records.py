@@ -1,5 +1,8 @@
 """The job store's values and errors: jobs, leases, pages. Frozen dataclasses; nothing here uses a database."""
 
+import base64
+import hashlib
+import json
 import re
 import secrets
 from collections.abc import Mapping
@@ -279,6 +282,7 @@ def submitted_at(job_id: str) -> float:
     return int(job_id[6:18], 16) / 1000
 
 
+_TAG = 6  # characters, of 6 bits each
 # The fields that are off by default, by names of one letter: a demand is in a column of limited length.
 SHORT_NAMES: Mapping[str, str] = {
     "c": "step_cache",
@@ -290,14 +294,19 @@ SHORT_NAMES: Mapping[str, str] = {
     "i": "guidance_interval",
     "m": "guidance_mode",
 }
-SHORT_MODES: Mapping[str, str] = {"cfg-zero": "z", "apg": "a", "int8": "8", "int8-fast": "f"}
+# Their values that are words.
+SHORT_WORDS: Mapping[str, str] = {
+    "cfg-zero": "z", "apg": "a", "int8": "8", "int8-fast": "f", "easycache": "e", "magcache": "m", "teacache": "t",
+}  # fmt: skip
+LORAS = "L"  # before what tells sets of LoRA files apart
 
 
 def demand_of(request: dict[str, Any]) -> str:
     """Return the fields of a request that determine its memory and time, as a short text by which the queue is grouped.
 
     `HEIGHTxWIDTHxFRAMES/STEPS/BRANCHES/VIDEOS`, for example `480x832x81/50/2/1`; `-` for the model's default. Of a job
-    with an input video, `/STRENGTH` follows; then the fields that are not off, as `/LETTER=VALUE`.
+    with an input video, `/STRENGTH` follows; then the fields that are not off, as `/LETTER=VALUE`, and of a job with LoRA
+    `/L=TAG`: jobs with the same files have the same tag.
     """
     scale = request.get("guidance_scale")
     branches = None if scale is None else 1 + (scale > 1.0)
@@ -307,12 +316,21 @@ def demand_of(request: dict[str, Any]) -> str:
     )
     demand = f"{height}x{width}x{frames}/{steps}/{branches}/{videos}"
     if request.get("input_video") is not None:
-        demand += "/-" if (strength := request.get("strength")) is None else f"/{strength:g}"
+        demand += "/-" if (strength := request.get("strength")) is None else f"/{_short(strength)}"
     for short, name in SHORT_NAMES.items():
         if (value := request.get(name)) not in (None, OFF_VALUES[name]):
             kind, colon, number = value.rpartition(":") if isinstance(value, str) else ("", "", value)
-            demand += f"/{short}={kind}{colon}{_short(SHORT_MODES.get(number, number))}"
+            demand += f"/{short}={SHORT_WORDS.get(kind, kind)}{colon}{_short(SHORT_WORDS.get(number, number))}"
+    if loras := request.get("loras"):
+        files = sorted((lora["name"], lora.get("sha256") or "") for lora in loras)
+        digest = hashlib.sha256(json.dumps(files).encode()).digest()
+        demand += f"/{LORAS}={base64.urlsafe_b64encode(digest)[:_TAG].decode()}"
     return demand
+
+
+def loras_tag(demand: str) -> str | None:
+    """Return what tells the LoRA files of a demand from others; None without LoRA."""
+    return next((part for part in demand.split("/") if part.startswith(f"{LORAS}=")), None)
 
 
 def _short(number: str | float) -> str:

@@ -260,6 +260,10 @@ class JobStore:
         """Whether another worker is there to decode the job's latents. On one machine, none is."""
         return False
 
+    def lacks_loras(self, job: StoredJob) -> bool:
+        """Whether other workers may have the job's LoRA, and this one has not. On one machine, all have the same."""
+        return False
+
     def retry(self, lease: Lease, error: JobError, max_crashes: int) -> StoredJob:
         """Put the job back after an unexpected error, or fail it with that error. Raises StaleLeaseError.
 

@@ -9,7 +9,10 @@ from wanduet.models.vae.model import WanVAE
 # A velocity (noise - video) has a standard deviation of about 1.4 for any trained model; weights that were
 # mis-loaded give values that vanish, explode, or are NaN.
 SANE_STD = (0.05, 20.0)
-_HINT = "The weights may be damaged or not belong to their config; fetch them again with `wanduet download`."
+_HINT = (
+    "The weights may be damaged, or not belong to their config: fetch them again (a model with `wanduet download`), or take "
+    "another file of the same weights."
+)
 
 
 @torch.no_grad()

@@ -26,8 +26,9 @@ from wanduet.models.text.tokenizer import TokenizedPrompt, Tokenizer, clean_text
 from wanduet.models.text.umt5 import EMBEDDING, EMBEDDING_COPY, FINAL_NORM, Residency, TextEncoder
 from wanduet.runtime.gil import finish_unless
 from wanduet.runtime.release import release_models
-from wanduet.weights.diffusers import ModelFolder
+from wanduet.weights.diffusers import GIVE_TOKENIZER, ModelFolder
 from wanduet.weights.hub import verify_manifest
+from wanduet.weights.source import FETCH_MODEL, fetch_again
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,9 @@ class CachedPromptEncoder:
             reason = lines[0].strip(" :.") if lines else type(error).__name__
             raise ModelNotFoundError(
                 f"{self._folder.tokenizer} holds no tokenizer that can be read: {reason}.",
-                hint="It needs a tokenizer.json; fetch the model again with `wanduet download`.",
+                hint=GIVE_TOKENIZER
+                if self._folder.is_given("tokenizer")
+                else f"It needs a tokenizer.json. {FETCH_MODEL}",
             ) from error
 
     def _load(self) -> TextEncoder:
@@ -279,5 +282,5 @@ def check_tied_embedding(folder: ModelFolder) -> None:
         if not torch.equal(*both):
             raise WeightsError(
                 f"The text encoder's {EMBEDDING} and {EMBEDDING_COPY} differ: prompts would become noise.",
-                hint="Fetch the model again with `wanduet download`.",
+                hint=fetch_again(folder.text_encoder.tensors[EMBEDDING].file),
             )

@@ -18,6 +18,7 @@ from wanduet.weights.safetensors import HEADER_LIMIT, TensorFiles
 from wanduet.weights.source import WeightSource
 
 SENTENCEPIECE = "spiece_model"  # a tokenizer's bytes in ComfyUI's text encoder
+_SHARD = re.compile(r"(.+)-\d+-of-(\d+)\.safetensors")
 _EXPERT = re.compile(r"(high|low)[-_. ]?noise", re.IGNORECASE)
 
 
@@ -25,8 +26,16 @@ def open_source(path: Path, label: str = "file") -> WeightSource:
     """Open a file of weights by its first bytes, as dense tensors with the names stored in it: safetensors, the index of
     several, GGUF, or PyTorch's pickles of tensors. `label`: its name in messages.
 
-    Raises WeightsError for a damaged file or a quantisation that is not read, ModelNotFoundError for a missing file.
+    Raises WeightsError for a damaged file or a quantisation that is not read, ModelNotFoundError for a missing file, and
+    for one of several that belong together.
     """
+    shard = _SHARD.fullmatch(path.name)
+    if shard is not None and int(shard[2]) > 1:
+        index = f"{shard[1]}.safetensors.index.json"
+        raise ModelNotFoundError(
+            f"{path} is one of the {int(shard[2])} files of a model.",
+            hint=f"Give {index}, which is beside them, or the folder if it is a whole model's.",
+        )
     try:
         with open_regular(path) as file:
             start = file.read(8)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from wanduet.config import format_bytes
 from wanduet.errors import ModelNotFoundError
-from wanduet.family.distilled import by_name
+from wanduet.family.distilled import by_file
 from wanduet.family.registry import DEFAULT_MODEL
 from wanduet.weights.components import read_sentencepiece, recognise_file, why_not
-from wanduet.weights.diffusers import COMPONENTS, PARTS, ModelFolder
+from wanduet.weights.diffusers import COMPONENTS, GIVE_TOKENIZER, PARTS, ModelFolder
 from wanduet.weights.names import BUNDLED, check_needs
 from wanduet.weights.published import published_models
 from wanduet.weights.recognise import TAKE_T2V
@@ -51,9 +51,7 @@ def compose(model: str, files: Mapping[str, Path], open_local: Opener) -> ModelF
         model = DEFAULT_MODEL
     tokenizer = parts.get("tokenizer")
     if tokenizer is not None and tokenizer.is_file() and read_sentencepiece(tokenizer) is None:
-        raise ModelNotFoundError(
-            f"{tokenizer} has no tokenizer in it.", hint="Give a folder with tokenizer.json, or a SentencePiece model."
-        )
+        raise ModelNotFoundError(f"{tokenizer} has no tokenizer in it.", hint=GIVE_TOKENIZER)
     text = parts.get("text_encoder")
     if "tokenizer" not in parts and text is not None and text.is_file() and read_sentencepiece(text) is not None:
         parts["tokenizer"] = text
@@ -81,7 +79,7 @@ def _absolute(path: Path) -> Path:
 
 def _parts_of(path: Path, named: Mapping[str, Path]) -> dict[str, Path]:
     """Return the components that one file gives, and those named beside it. Raises ModelNotFoundError, WeightsError."""
-    known = by_name(path.name)
+    known = by_file(path)
     if known is not None:
         check_needs(path.name, known)
     kinds = recognise_file(path)

@@ -1,16 +1,18 @@
 """Describes a file of weights or a LoRA for people: what it is, what it needs beside it, and whether wanduet runs it."""
 
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wanduet.errors import ModelNotFoundError
+from wanduet.errors import ModelNotFoundError, WeightsError
 from wanduet.untrusted import read_safetensors_header
 from wanduet.weights.adapters.facts import describe_adapter
 from wanduet.weights.components import open_source, why_not
+from wanduet.weights.quantised import Dequantised
 from wanduet.weights.recognise import TAKE_T2V, Recognised, recognise
 
 _ENDINGS = (".safetensors", ".safetensors.index.json", ".pth", ".pt", ".gguf")
+_OWN = {"latents", "prompt_embeds"}  # tensors of files that wanduet writes
 _FEW = 2  # tensors in a file of latents or embeddings, at most
 
 
@@ -20,23 +22,31 @@ def describe_weights(path: Path) -> dict[str, Any] | None:
 
     Raises WeightsError for a damaged one, or a quantisation that is not read.
     """
-    if not path.name.lower().endswith(_ENDINGS) or (path.suffix == ".safetensors" and _has_few(path)):
+    may_be_own = path.suffix.lower() == ".safetensors"
+    if not path.name.lower().endswith(_ENDINGS) or (may_be_own and _is_own(path)):
         return None
     source = open_source(path)
-    kinds = recognise(source.tensors)
+    stored = source.source.tensors if isinstance(source, Dequantised) else source.tensors
+    kinds = recognise({name: stored[name] for name in source.tensors})
+    if may_be_own and kinds[0].component == "unknown" and len(source.tensors) <= _FEW:
+        return None
     if kinds[0].component == "adapter":
-        with suppress(ModelNotFoundError):  # one for another model than Wan
+        try:
             return {"kind": "lora", "path": str(path)} | describe_adapter(path)
+        except (ModelNotFoundError, WeightsError) as error:  # one for another model than Wan, for example
+            text = error.message.removesuffix(".")
+            text = text.removeprefix(f"{path}: ") if text.startswith(f"{path}: ") else text.replace(str(path), "it")
+            kinds = (replace(kinds[0], problem=text, hint="Take a LoRA for Wan2.1, or another file of this one."),)
     found = {"kind": "weights", "path": str(path)}
     if len(kinds) == 1:
         return found | _shown(kinds[0], path, source.quantisation)
     return found | {"models": [_shown(kind, path, source.quantisation) for kind in kinds]}
 
 
-def _has_few(path: Path) -> bool:
-    """Return True if a safetensors file has few tensors, or a header that cannot be read."""
+def _is_own(path: Path) -> bool:
+    """Return True if a safetensors file has the tensors of latents or embeddings, or a header that cannot be read."""
     try:
-        return len(read_safetensors_header(path).keys() - {"__metadata__"}) <= _FEW
+        return read_safetensors_header(path).keys() - {"__metadata__"} <= _OWN
     except (OSError, ValueError):
         return True
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from wanduet.errors import InvalidRequestError, ModelNotFoundError, WeightsError
 from wanduet.family.distilled import PIPELINES as FEW_STEP_PIPELINES
-from wanduet.family.distilled import FewStep, by_name, by_pipeline, by_tensors
+from wanduet.family.distilled import FewStep, by_file, by_name, by_pipeline, by_tensors
 from wanduet.family.registry import defaults_for
 from wanduet.family.spec import (
     SUPPORTED,
@@ -31,13 +31,14 @@ from wanduet.request import GenerationRequest
 from wanduet.untrusted import cut, read_file
 from wanduet.weights.components import derived_config, open_component, read_sentencepiece, shards
 from wanduet.weights.json_files import read_json
-from wanduet.weights.names import cache_folder_id, check_module, check_needs, diffusers_name
+from wanduet.weights.names import cache_folder_id, check_module, check_needs, diffusers_name, is_official
 from wanduet.weights.quantised import dequantised
 from wanduet.weights.safetensors import TensorFiles, check_pointer
-from wanduet.weights.source import WeightSource
+from wanduet.weights.source import FETCH_MODEL, WeightSource
 from wanduet.weights.trained_names import by_model_names
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
+GIVE_TOKENIZER = "Give a folder with tokenizer.json, or a SentencePiece model."
 PARTS = (*COMPONENTS, "tokenizer")
 # Supported classes, as named in `_class_name` (diffusers) or `architectures` (transformers).
 PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline")
@@ -100,14 +101,15 @@ class ModelFolder:
         index = self.path / "model_index.json"
         own = "transformer" not in self.parts
         pipeline = read_json(index).get("_class_name") if own and index.exists() else None
-        marked, named = by_tensors(tensors), None if own else by_name(self.part("transformer").name)
+        marked, named = by_tensors(tensors), None if own else by_file(self.part("transformer"))
         named = named or by_name(self.name)
         if marked is not None and named is not None and named.attention == marked.attention:
             marked = named  # it says more: VSA's gates do not show how sparse the weights are trained to be
         found = marked or named or by_pipeline(pipeline)
         if found is not None:
-            check_needs(str(self.path), found)
-            check_module(str(self.path), found, tensors)
+            shown = str(self.path if own else self.part("transformer"))
+            check_needs(shown, found)
+            check_module(shown, found, tensors)
         return found
 
     def check_complete(self, parts: Collection[str] = PARTS) -> None:
@@ -122,7 +124,8 @@ class ModelFolder:
                 check_pointer(path)
             if not os.path.lexists(self.tokenizer / "tokenizer.json"):
                 raise ModelNotFoundError(
-                    f"{self.tokenizer} lacks tokenizer.json.", hint="Fetch the model again with `wanduet download`."
+                    f"{self.tokenizer} lacks tokenizer.json.",
+                    hint=GIVE_TOKENIZER if self.is_given("tokenizer") else FETCH_MODEL,
                 )
         missing: list[ModelNotFoundError] = []
         if "transformer" in parts:
@@ -209,6 +212,10 @@ class ModelFolder:
         """Return the path of a component's folder or file, which need not exist."""
         return self.parts.get(name, self.path / name)
 
+    def is_given(self, name: str) -> bool:
+        """Return True if a component is given by a path of its own, outside the model's folder."""
+        return name in self.parts and self.path not in (self.parts[name], *self.parts[name].parents)
+
     def is_file(self, name: str) -> bool:
         """Return True if a component's weights are in a file of any layout, not in a folder with a config."""
         return name in self.parts and self.parts[name].is_file()
@@ -216,7 +223,13 @@ class ModelFolder:
     def config(self, component: str) -> dict[str, Any]:
         """Return a component's config.json; for a file, what its tensors' shapes say. Raises ModelNotFoundError."""
         if not self.is_file(component):
-            return read_json(self.part(component) / "config.json")
+            folder = self.part(component)
+            if self.is_given(component) and not (folder / "config.json").exists():
+                raise ModelNotFoundError(
+                    f"{folder} has no config.json, so it is no model's {component.replace('_', ' ')}.",
+                    hint=f"Give a file with weights as --{component.replace('_', '-')}, or the index of several.",
+                )
+            return read_json(folder / "config.json")
         places = (self.path / component / "config.json", self.part(component).parent / "config.json")
         known = next((read_json(place) for place in places if place.is_file()), {})
         return derived_config(component, getattr(self, component), known)
@@ -271,7 +284,9 @@ class ModelFolder:
             raise ModelNotFoundError(
                 f"{folder} lacks {', '.join(missing) or 'its .safetensors file'}"
                 + (f"; {pickles[0]} is a pickle, which wanduet does not open." if pickles else "."),
-                hint="Fetch the model again with `wanduet download`.",
+                hint=f"Give one file with weights as --{name.replace('_', '-')}."
+                if self.is_given(name)
+                else FETCH_MODEL,
             )
         return TensorFiles(name.replace("_", " "), paths)
 
@@ -333,9 +348,19 @@ def _layout_hint(path: Path) -> str:
         return f"It is a part of a model; give the whole: --model {path.parent}"
     if inside := next((p.parent for p in sorted(path.glob("*/model_index.json"))), None):
         return f"There is one in it: --model {inside}"
+    if any((folder / name).is_dir() for folder in (path, path / "models") for name in ("diffusion_models", "unet")):
+        return (
+            "It looks like ComfyUI's folders: give files of diffusion_models, vae and text_encoders as --transformer, --vae "
+            "and --text-encoder."
+        )
     if any(path.glob("*.pth")) or any(path.glob("diffusion_pytorch_model*.safetensors")):
         model = cache_folder_id(path) or f"Wan-AI/{path.name}"
-        return f"It looks like the official layout, not whole. The same weights in diffusers' layout: {diffusers_name(model)}"
+        instead = (
+            f"The same weights in diffusers' layout: {diffusers_name(model)}"
+            if is_official(model)
+            else "Give its files as --transformer, --vae, --text-encoder and --tokenizer."
+        )
+        return f"It looks like the official layout, not whole. {instead}"
     return "A folder that diffusers' WanPipeline can load is what is needed."
 
 

@@ -21,7 +21,7 @@ from wanduet.errors import WeightsError
 from wanduet.untrusted import MAX_HEADER_BYTES, cut, open_regular
 from wanduet.weights.quantised import INSTEAD, VERSION, Buffer
 from wanduet.weights.safetensors import samples
-from wanduet.weights.source import TensorInfo, WeightSource, some_of
+from wanduet.weights.source import TensorInfo, WeightSource, fetch_again, some_of
 
 if TYPE_CHECKING:  # headers are read and checked before torch is imported
     import numpy as np
@@ -29,7 +29,6 @@ if TYPE_CHECKING:  # headers are read and checked before torch is imported
     from numpy.typing import NDArray
     from torch import Tensor
 
-HINT = "Fetch the file again, and compare its size with that on the page it came from."
 CHUNK_ELEMENTS = 2**20  # that are dequantised at a time: some temporaries of 4 MiB
 _MOST_DIMENSIONS, _MOST_ENTRIES = 8, 2**16
 _DENSE = ("F32", "F16", "BF16")  # read as they are
@@ -94,7 +93,7 @@ class GGUFSource(WeightSource):
         except OSError as error:
             raise WeightsError(f"Cannot read {path}: {error.strerror}.") from error
         except (ValueError, struct.error) as error:
-            raise WeightsError(f"{path} is no GGUF file, or damaged ({cut(error)}).", hint=HINT) from error
+            raise WeightsError(f"{path} is no GGUF file, or damaged ({cut(error)}).", hint=fetch_again(path)) from error
         self._check_model()
         kinds = {info.dtype for info in self.tensors.values()}
         self.quantisation = f"GGUF ({', '.join(sorted(self._types - {'F32', 'F16'}) or sorted(kinds))})"
@@ -109,7 +108,7 @@ class GGUFSource(WeightSource):
                 for name in sorted(set(names) & set(self._places), key=lambda name: self._places[name].offset):
                     yield name, self._read(file, name, buffer)
         except (OSError, ValueError) as error:
-            raise WeightsError(f"{self.path} cannot be read: {cut(error)}.", hint=HINT) from error
+            raise WeightsError(f"{self.path} cannot be read: {cut(error)}.", hint=fetch_again(self.path)) from error
 
     def read_rows(self, name: str, rows: Sequence[int], dtype: "torch.dtype") -> "Tensor":
         """See `WeightSource`; reads these rows only."""
@@ -131,7 +130,7 @@ class GGUFSource(WeightSource):
                         values = torch.from_numpy(_dequantised(data, place.type))
                     out[index] = values.view(shape[1:])
         except (OSError, ValueError) as error:
-            raise WeightsError(f"{self.path} cannot be read: {cut(error)}.", hint=HINT) from error
+            raise WeightsError(f"{self.path} cannot be read: {cut(error)}.", hint=fetch_again(self.path)) from error
         return out
 
     def fingerprint(self) -> str:

@@ -17,6 +17,7 @@ BUNDLED = (MINIATURE, MINIATURE_FAST)  # they come with wanduet
 HINT = "Give a folder, a hub id, or `miniature`."
 SUFFIX = "-Diffusers"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILES = (".safetensors", ".safetensors.index.json", ".gguf", ".pth", ".pt", ".ckpt")
 SHOWN = 200  # characters of a name that a message quotes
 _URL = re.compile(
     r"(?:https?://[^/]+|huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)(?:/(?:tree|blob|resolve)/.*|\.git|/|\?.*)?"
@@ -84,7 +85,7 @@ def check_module(shown: str, known: FewStep, names: Collection[str]) -> None:
         raise ModelNotFoundError(
             f"{shown} is named as few-step weights ({known.name}) that are trained for sparse attention "
             f"({known.attention.upper()}), but its transformer has no {key.strip('.')}.",
-            hint="Fetch the model again with `wanduet download`, or rename the folder if it is another model.",
+            hint="Fetch these weights again, or rename them if they are others.",
         )
 
 
@@ -113,6 +114,8 @@ def cache_folder_id(path: Path) -> str | None:
 
 
 def _hint(name: str) -> str:
+    if name.lower().endswith(_FILES):
+        return "There is no such file: give its path from the current folder, or its whole path."
     if (match := _URL.fullmatch(name)) and not HUB_ID.fullmatch(name):
         return f"Give the hub id alone: --model {match.group(1)}"
     by_last_part = {known.split("/")[1].lower(): known for known in (*RANDOM_NAMES, *_OFFICIAL)}

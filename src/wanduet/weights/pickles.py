@@ -1,27 +1,34 @@
-"""Reads the flat state dictionaries that PyTorch has written (`.pth`, `.pt`), without running code from them."""
+"""Reads the state dictionaries that PyTorch has written (`.pth`, `.pt`), without running code from them.
+
+A training script saves several, by the name of each model (`{"generator": …, "generator_ema": …}`), and other objects
+beside them. Their tensors then have the model's name before their own.
+"""
 
 import hashlib
 import pickle
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from zipfile import ZIP_STORED, ZipFile
 
 from wanduet.errors import WeightsError
 from wanduet.untrusted import check_regular, cut, open_regular
 from wanduet.weights.safetensors import DTYPES, portions, samples
-from wanduet.weights.source import HINT, TensorInfo, WeightSource
+from wanduet.weights.source import TensorInfo, WeightSource, fetch_again
 
 if TYPE_CHECKING:  # other headers are read before torch is imported
     from torch import Tensor
 
 _MOST_BYTES = 16 * 2**20  # of the pickled description of the tensors; that of UMT5-XXL has 0.1 MiB
-_INSTEAD = "Take the same weights as .safetensors, or save the flat state dictionary of their tensors again."
+_INSTEAD = "Take the same weights as .safetensors, or save the state dictionary of their tensors again."
+# Parts of names that PyTorch's wrappers of modules add.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 class PickledTensors(WeightSource):
-    """The tensors of one file that `torch.save` wrote from a dictionary of tensors, by their stored names.
+    """The tensors of one file that `torch.save` wrote from dictionaries of tensors, by their names in the modules.
 
     The file is memory-mapped, only during a read. Only tensors are unpickled: PyTorch refuses anything else unread.
     """
@@ -78,12 +85,31 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
         shown = str(getattr(error, "strerror", None) or error).strip()
         reason = (shown.splitlines() or [type(error).__name__])[0]
         raise WeightsError(
-            f"{path} is damaged, or in PyTorch's format of before 1.6: {cut(reason)}.", hint=HINT
+            f"{path} is damaged, or in PyTorch's format of before 1.6: {cut(reason)}.", hint=fetch_again(path)
         ) from error
-    others = _others(state)
-    if others is not None:
-        raise WeightsError(f"{path} is no flat dictionary of tensors: it holds {others}.", hint=_INSTEAD)
-    return dict(state)
+    parts = _parts(state)
+    if not parts:
+        raise WeightsError(f"{path} is no dictionary of tensors: it holds {_others(state)}.", hint=_INSTEAD)
+    named = [
+        (_WRAPPERS.sub("", name if len(parts) == 1 else f"{root}.{name}"), tensor)
+        for root, part in parts.items()
+        for name, tensor in part.items()
+    ]
+    if len(found := dict(named)) < len(named):
+        raise WeightsError(f"{path} has several tensors of one name.", hint=_INSTEAD)
+    return found
+
+
+def _parts(state: object) -> "dict[str, dict[str, Tensor]]":
+    """Return the dictionaries of tensors in an object, by name: itself, or those in it. Other objects beside them belong
+    to the training. Empty if there are none."""
+    import torch
+
+    if _others(state) is None:
+        return {"": cast("dict[str, Tensor]", state)}
+    if not isinstance(state, dict) or any(isinstance(value, torch.Tensor) for value in state.values()):
+        return {}
+    return {name: part for name, part in state.items() if isinstance(name, str) and _others(part) is None}
 
 
 def _check_archive(path: Path) -> None:

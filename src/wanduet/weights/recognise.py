@@ -8,9 +8,13 @@ from dataclasses import dataclass
 
 from wanduet.weights.source import TensorInfo
 
-# Prefixes that programs write before a transformer's names, and ComfyUI's before each model's in one file for all.
+# Prefixes that programs write before a transformer's names, and ComfyUI's before each model's in one file for all. Of the
+# models that a training saves, the first one here is taken: that of averaged weights.
+_TRAINED = tuple(
+    f"{name}.{inner}" for name in ("generator_ema", "generator", "model") for inner in ("", "model.", "net.")
+)
 _PREFIXES = {
-    "transformer": ("", "model.diffusion_model.", "diffusion_model.", "model.", "net.", "generator."),
+    "transformer": ("", "model.diffusion_model.", "diffusion_model.", "model.", "net.", *_TRAINED),
     "vae": ("", "vae.", "first_stage_model."),
     "text_encoder": ("", "text_encoders.umt5xxl.transformer.", "text_encoders.umt5xxl."),
     "clip": ("", "clip_vision.", "conditioner."),
@@ -26,7 +30,8 @@ _MARKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("clip", "official", ("visual.cls_embedding",)),
     ("clip", "transformers", ("vision_model.embeddings.class_embedding",)),
 )
-_ADAPTER = re.compile(r"lora_|[._]lora\.|lokr_|hada_|\.diff$|\.diff_[bm]$|dora_scale")
+_ADAPTER = re.compile(r"lora_|[._]lora\.|lokr_|hada_|\.diff$|\.diff_[bm]$|dora_scale|[._]oft_")
+_ALPHA = re.compile(r"[._]alpha$")
 # Modules that make a transformer another member, in both layouts, and that member's name.
 _MEMBERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("vace_patch_embedding",), "VACE"),
@@ -109,7 +114,8 @@ def recognise(tensors: Mapping[str, TensorInfo]) -> tuple[Recognised, ...]:
                 break
     if found:
         return tuple(found)
-    if any(_ADAPTER.search(name) for name in tensors):
+    # Of a LoRA, some programs leave only the alphas.
+    if any(_ADAPTER.search(name) for name in tensors) or (tensors and all(_ALPHA.search(name) for name in tensors)):
         problem = "it is a LoRA or another adapter: changes to a model, not a model"
         return (
             _of(

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from wanduet.errors import WeightsError
 from wanduet.untrusted import MAX_HEADER_BYTES, check_regular, cut, open_regular, read_safetensors_header
-from wanduet.weights.source import HINT, TensorInfo, WeightSource, some_of
+from wanduet.weights.source import TensorInfo, WeightSource, fetch_again, some_of
 
 if TYPE_CHECKING:  # configs and headers are read and checked before torch is imported
     from torch import Tensor
@@ -55,7 +55,9 @@ class TensorFiles(WeightSource):
             found, metadata = _contents_of(path)
             if twice := sorted(set(found) & set(self.tensors)):
                 files = f"{self.tensors[twice[0]].file} and {path}"
-                raise WeightsError(f"The {name}'s {some_of(twice)} stand in two files: {files}.", hint=HINT)
+                raise WeightsError(
+                    f"The {name}'s {some_of(twice)} stand in two files: {files}.", hint=fetch_again(path)
+                )
             self.tensors.update(found)
             self.metadata.update(metadata)
 
@@ -71,7 +73,7 @@ class TensorFiles(WeightSource):
                         for name in portion:
                             yield name, file.get_tensor(name)
             except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it vanished while it was opened
-                raise WeightsError(f"{path} is damaged: {cut(error)}.", hint=HINT) from error
+                raise WeightsError(f"{path} is damaged: {cut(error)}.", hint=fetch_again(path)) from error
 
     def fingerprint(self) -> str:
         """Return a digest of every header and of samples of the data; reads a few MiB, however large the files are."""
@@ -121,7 +123,7 @@ def check_pointer(path: Path) -> None:
     if is_pointer:
         raise WeightsError(
             f"{path} is a Git LFS pointer of a few bytes, not the file itself.",
-            hint="Run `git lfs pull` in that folder, or fetch the model with `wanduet download`.",
+            hint=f"Run `git lfs pull` in that folder, or: {fetch_again(path)}",
         )
 
 
@@ -150,12 +152,14 @@ def _contents_of(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             places.append((begin, end, name))
         last = _require_side_by_side(places)
     except OSError as error:
-        raise WeightsError(f"Cannot read {path}: {error.strerror}.", hint=HINT) from error
+        raise WeightsError(f"Cannot read {path}: {error.strerror}.") from error
     except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        raise WeightsError(f"{path} is no safetensors file, or damaged ({cut(error)}).", hint=HINT) from error
+        raise WeightsError(
+            f"{path} is no safetensors file, or damaged ({cut(error)}).", hint=fetch_again(path)
+        ) from error
     end = 8 + length + last
     if size != end:
-        raise WeightsError(f"{path} is damaged: it has {size} bytes, its header says {end}.", hint=HINT)
+        raise WeightsError(f"{path} is damaged: it has {size} bytes, its header says {end}.", hint=fetch_again(path))
     return tensors, metadata
 
 

@@ -13,7 +13,15 @@ if TYPE_CHECKING:  # configs and headers are read and checked before torch is im
     import torch
     from torch import Tensor
 
-HINT = "Fetch the model again with `wanduet download`."
+FETCH_MODEL = "Fetch the model again with `wanduet download`."
+
+
+def fetch_again(path: Path) -> str:
+    """Return what to do about a damaged file or folder of weights: `wanduet download` fetches those of whole models only."""
+    in_cache = any(folder.name.startswith("models--") for folder in path.parents)
+    if in_cache or any((folder / "model_index.json").is_file() for folder in (path, *path.parents[:2])):
+        return FETCH_MODEL
+    return f"Fetch {path.name} again, and compare its size with that on the page it came from."
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +140,24 @@ class WeightSource(ABC):
             if names
         ]
         if problems:
-            raise WeightsError(f"The {self.name}'s tensors do not match its config.json; {'; '.join(problems)}.")
+            files = {info.file for info in self.tensors.values()}
+            alone = next(iter(files)) if len(files) == 1 else None
+            if alone is None or (alone.parent / "config.json").is_file():
+                raise WeightsError(f"The {self.name}'s tensors do not match its config.json; {'; '.join(problems)}.")
+            raise WeightsError(
+                f"{alone} is no whole {self.name} of Wan2.1; {'; '.join(problems)}.",
+                hint="Take another file of the same weights. What a file is: wanduet inspect FILE",
+            )
 
     def require(self, names: Collection[str]) -> None:
         """Raise WeightsError if any of these tensors are missing."""
         missing = sorted(set(names) - set(self.tensors))
         if missing:
-            raise WeightsError(f"The {self.name}'s files lack {some_of(missing)}.", hint=HINT)
+            file = next((info.file for info in self.tensors.values()), None)
+            raise WeightsError(
+                f"The {self.name}'s files lack {some_of(missing)}.",
+                hint=FETCH_MODEL if file is None else fetch_again(file),
+            )
 
 
 def some_of(names: Sequence[str], most: int = 5) -> str:

@@ -25,10 +25,12 @@ from wanduet.cluster.trouble import find_trouble
 from wanduet.config import EngineConfig
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.housekeeping import Housekeeper
-from wanduet.jobs.records import ModelId, NewJob
+from wanduet.jobs.records import ModelId, NewJob, demand_of, loras_tag
 from wanduet.jobs.worker import WorkerSettings
 
 REQUEST = {"prompt": "x", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 1.0}
+
+STYLE = {"name": "style.safetensors", "strength": 1.0, "sha256": "0123456789ab" + "0" * 52}
 
 
 class FakeFleet:
@@ -174,6 +176,67 @@ def test_a_job_waits_for_the_node_that_it_fits_while_that_is_away(bench: Bench) 
         bench.controller.reconcile()
         bench.now += 1000
     assert bench.store.get(job).status == "failed"
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Bench]:
+    """A fleet of two nodes with a GPU each, and no more replicas."""
+    bench = Bench(tmp_path / "data", maximum=2)
+    bench.fleet.all_nodes = [Node(name, name, declared_devices("1x24GiB"), 2**36, 8) for name in ("one", "two")]
+    yield bench
+    bench.store.close()
+
+
+def lacks(bench: Bench, name: str) -> None:
+    """Let the replicas of a node report that they lack the file."""
+    tag = loras_tag(demand_of({"loras": [STYLE]}))
+    for key, one in bench.fleet.live.items():
+        if one.node == name:
+            bench.fleet.live[key] = ReplicaView(key, name, one.shape, "ready", one.worker, lacks=frozenset([tag]))
+
+
+def test_what_one_node_lacks_brings_a_replica_on_another(pair: Bench) -> None:
+    job = pair.submit(loras=[STYLE])
+    pair.controller.reconcile()
+    (first,) = [one.node for one in pair.fleet.live.values()]
+    lacks(pair, first)
+    pair.controller.reconcile()
+    assert sorted(one.node for one in pair.fleet.live.values()) == ["one", "two"]
+    pair.controller.reconcile()
+    assert pair.store.get(job).phase == ""
+
+
+def test_what_no_node_has_waits_with_the_reason_and_fails_after_a_while(pair: Bench) -> None:
+    job, plain = pair.submit(loras=[STYLE]), pair.submit(num_frames=9)
+    for _ in range(3):
+        pair.controller.reconcile()
+        lacks(pair, "one")
+        lacks(pair, "two")
+    pair.now += 30  # long enough to drain replicas for a job that another one would take
+    pair.controller.reconcile()
+    assert len(pair.fleet.live) == 2
+    reason = pair.store.get(job).report["waiting"]
+    assert all(part in reason for part in (STYLE["name"], "0123456789ab", "(one, two)")), reason
+    assert pair.store.get(plain).phase == ""
+    pair.now += 1000
+    pair.controller.reconcile()
+    error = pair.store.get(job).error
+    assert error is not None
+    assert (error.code, STYLE["name"] in error.message) == ("lora_lost", True)
+    assert pair.store.get(plain).status == "queued"
+
+
+def test_a_file_that_comes_back_ends_the_wait(pair: Bench) -> None:
+    job = pair.submit(loras=[STYLE])
+    for _ in range(3):
+        pair.controller.reconcile()
+        lacks(pair, "one")
+        lacks(pair, "two")
+    assert pair.store.get(job).phase == "waiting"
+    for key, one in pair.fleet.live.items():
+        pair.fleet.live[key] = ReplicaView(key, one.node, one.shape, "ready", one.worker)
+    pair.controller.reconcile()
+    assert (pair.store.get(job).phase, len(pair.fleet.live)) == ("", 2)
 
 
 def test_the_end_drains_every_replica(tmp_path: Path) -> None:

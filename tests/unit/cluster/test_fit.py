@@ -87,7 +87,7 @@ def test_the_longest_demand_has_room_in_its_column() -> None:
         request = GenerationRequest(
             prompt="a cat", height=1088, width=1920, num_frames=1025, guidance_scale=6.0, num_inference_steps=1000,
             num_videos_per_prompt=64, input_video="sha256:0", strength=0.123456789, quantize="int8",
-            quantize_attention="int8-fast", **more,
+            quantize_attention="int8-fast", loras=["a" * 250] * 32, **more,
         )  # fmt: skip
         demand = demand_of(request.model_dump())
         assert len(DECODE + demand) <= jobs.c.demand.type.length

@@ -15,10 +15,13 @@ from wanduet.doors.cli.options import lora_folder
 from wanduet.doors.http.context import ServerSettings
 from wanduet.doors.http.schemas import RequestLimits
 from wanduet.doors.page.actions import PageActions
+from wanduet.doors.page.forms import SIZE
 from wanduet.errors import ConfigError, InvalidRequestError
 from wanduet.jobs.attempt import AttemptSettings
 from wanduet.jobs.runner import Runner, RunnerSettings
 from wanduet.jobs.store import JobStore
+from wanduet.planning.hardware import detect
+from wanduet.runtime.models import Models
 from wanduet.weights.manifest import file_sha256
 
 STYLE = "style.safetensors"
@@ -297,6 +300,29 @@ def test_the_page_restores_what_is_here_with_the_same_hash(
     assert actions.fields(found["form"])["loras"] == [style]
     assert actions.form_of(served.store.get(served.create(loras=[style])["id"]))["loras"] == [style]
     assert "loras" not in actions.fields(actions.defaults() | {"prompt": "x"})
+
+
+def test_the_pages_plan_is_the_jobs(served: Any, folder: Path) -> None:
+    config = EngineConfig(model="random:1.3b", devices="cpu", lora_dir=folder)
+    actions = PageActions(served.context, config)
+    loras = [{**WHOLE, "end": 0.5}, {**WHOLE, "strength": 0.5, "start": 0.5}, {"name": "my_causvid_rank32.safetensors"}]
+    form = actions.defaults() | {
+        "prompt": "x",
+        SIZE: "64x64",
+        "num_frames": 5,
+        "loras": loras,
+        "num_inference_steps": None,
+    }
+    found = actions.plan(form)
+    models = Models(config)
+    plan = models.plan(models.resolve(served.context.to_request(actions.fields(form))), config, detect()).as_dict()
+    assert (found["loras"], found["host_bytes"]) == (plan["loras"], plan["host_bytes"])
+    assert (found["predicted_seconds"], found["choices"]) == (plan["predicted_seconds"], plan["choices"])
+    assert found["loras"]["merges"] == 2
+    tensors = {"diffusion_model.blocks.0.self_attn.q.diff": np.zeros((1536, 1535), np.float32)}
+    save_file(tensors, folder / "narrow.safetensors")
+    with pytest.raises(InvalidRequestError, match="narrow"):
+        actions.plan(form | {"loras": [{"name": "narrow.safetensors"}]})
 
 
 def test_the_folder_is_in_the_data_folder_or_must_exist(tmp_path: Path, folder: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.models.dit.model import WanTransformer
 from wanduet.weights.adapters.adapter import Adapter
-from wanduet.weights.adapters.reader import read_adapter
+from wanduet.weights.adapters.reader import measure_adapter, read_adapter
 
 SPEC = replace(
     WAN_1_3B.transformer,
@@ -68,7 +68,11 @@ def saved_peft(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mappin
 
 
 def read(path: Path) -> Adapter:
-    return read_adapter(path, SPEC, SHAPES)
+    """Read a file; what is found in its header alone is the same."""
+    adapter = read_adapter(path, SPEC, SHAPES)
+    header = measure_adapter(path, SPEC, SHAPES)
+    assert (header.num_bytes, header.updates.keys()) == (adapter.num_bytes, adapter.updates.keys())
+    return adapter
 
 
 def changes(path: Path, strength: float = 1.0) -> dict[str, torch.Tensor]:

@@ -327,8 +327,9 @@ def test_a_stored_dtype_is_kept_and_summed_in_float32(tmp_path: Path) -> None:
 
 
 def test_a_pytorch_file_is_read(tmp_path: Path) -> None:
-    torch.save(lora(), tmp_path / "a.pt")
-    assert_equal(changes(tmp_path / "a.pt"), {f"{Q}.weight": expected()[f"{Q}.weight"]})
+    for made in (lora(), {"state_dict": lora(), "step": 3}):
+        torch.save(made, tmp_path / "a.pt")
+        assert_equal(changes(tmp_path / "a.pt"), {f"{Q}.weight": expected()[f"{Q}.weight"]})
 
 
 def test_text_encoder_and_image_tensors_are_left_out_with_a_note(tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ def test_weights_in_8_bits_give_the_dequantised_ones(tmp_path: Path, miniature: 
     assert shown is not None
     assert (shown["runs"], shown["tensors"]) == (True, len(state))
     assert "fp8" in shown["quantisation"]
+    assert shown["dtypes"][0] == "F8_E4M3"
 
 
 @pytest.mark.parametrize("component", ["transformer", "text_encoder"])
@@ -200,8 +201,11 @@ def test_pickles_of_anything_but_tensors_are_refused_unread(tmp_path: Path, mini
     state = tensors_of(miniature, "vae")
     for made, words in (
         (state | {"x": Stranger()}, "to open it would run code"),
-        ({"generator": state}, "no flat dictionary of tensors: it holds 'generator'"),
-        ([1], "no flat dictionary of tensors"),
+        ({"generator": state, "hook": Stranger()}, "to open it would run code"),
+        ({"generator": {"step": 1}}, "no dictionary of tensors: it holds 'generator'"),
+        (state | {"generator": state}, "no dictionary of tensors: it holds 'generator'"),
+        ({"generator": {"x": state["conv2.bias"], "module.x": state["conv2.bias"]}}, "several tensors of one name"),
+        ([1], "no dictionary of tensors"),
     ):
         torch.save(made, path)
         with pytest.raises(WeightsError, match=words):
@@ -210,6 +214,32 @@ def test_pickles_of_anything_but_tensors_are_refused_unread(tmp_path: Path, mini
     path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(WeightsError, match="damaged"):
         _ = open_model("miniature", files={"vae": path}).vae
+
+
+@pytest.mark.parametrize("roots", [("generator_ema", "critic", "generator"), ("generator",), ("state_dict",)])
+def test_what_a_training_has_saved(tmp_path: Path, miniature: ModelFolder, roots: tuple[str, ...]) -> None:
+    """The averaged weights count, by the names that they had before FSDP wrapped them; other objects do not matter."""
+    state = tensors_of(miniature, "transformer")
+    wrapped = {
+        f"model._fsdp_wrapped_module.{name.replace('.self_attn.', '._fsdp_wrapped_module.self_attn.')}": tensor
+        for name, tensor in state.items()
+    }
+    others = {name: tensor + 1 for name, tensor in wrapped.items()}
+    path = tmp_path / "bidirectional_checkpoint2" / "model.pt"
+    path.parent.mkdir()
+    made = {root: others if index else wrapped for index, root in enumerate(roots)}
+    torch.save({**dict(reversed(made.items())), "step": 3, "optimizer": {"state": {0: torch.zeros(1)}}}, path)
+    found = open_model("miniature", files={"transformer": path})
+    assert_equal(found, miniature)
+    assert (found.spec.defaults.timesteps, found.spec.defaults.sampler) == ((1000.0, 757.0, 522.0), "renoise")
+
+
+def test_weights_for_frame_by_frame_are_refused_by_their_folder(tmp_path: Path, miniature: ModelFolder) -> None:
+    path = tmp_path / "autoregressive_checkpoint" / "model.pt"
+    path.parent.mkdir()
+    torch.save({"generator": prefixed("model.", tensors_of(miniature, "transformer"))}, path)
+    with pytest.raises(ModelNotFoundError, match="causal attention"):
+        _ = open_model("miniature", files={"transformer": path}).spec
 
 
 def wrong_files(model: ModelFolder) -> dict[str, dict[str, torch.Tensor]]:
@@ -328,3 +358,41 @@ def test_inspect_shows_weights_and_lora_and_refuses_a_truncated_file(tmp_path: P
     assert describe_weights(tmp_path / "latents.safetensors") is None
     (tmp_path / "a.mp4").write_bytes(b"GGUF")
     assert describe_weights(tmp_path / "a.mp4") is None
+
+
+QUERY = "diffusion_model.blocks.0.self_attn.q"
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight"], None),
+        ([f"{QUERY}.diff"], None),
+        (["blocks.0.self_attn.norm_q.diff"], None),
+        ([f"{QUERY}.lora_A.weight"], "is incomplete, it lacks up"),
+        ([f"{QUERY}.alpha"], "it has alpha without matrices"),
+        ([f"{QUERY}.oft_blocks"], "a kind that wanduet does not read"),
+        (
+            ["lora_te_layers_0.lora_down.weight", "lora_te_layers_0.lora_up.weight"],
+            "it changes nothing in a transformer",
+        ),
+        (["lora_unet_down_blocks_0_conv.lora_down.weight"], "it is no LoRA for Wan"),
+    ],
+)
+def test_a_lora_of_few_tensors_is_one(tmp_path: Path, names: list[str], words: str | None) -> None:
+    path = tmp_path / "mine.safetensors"
+    save_file({name: torch.zeros(8, 8) if "norm" not in name else torch.zeros(8) for name in names}, path)
+    shown = describe_weights(path)
+    assert shown is not None
+    if words is None:
+        assert (shown["kind"], shown["hidden_size"]) == ("lora", 8)
+    else:
+        assert (shown["component"], shown["runs"]) == ("adapter", False)
+        assert words in shown["problem"]
+        assert "LoRA" in shown["hint"]
+
+
+@pytest.mark.parametrize("names", [(), ("latents",), ("prompt_embeds",), ("anything",)])
+def test_few_tensors_of_other_names_are_no_weights(tmp_path: Path, names: tuple[str, ...]) -> None:
+    save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "mine.safetensors")
+    assert describe_weights(tmp_path / "mine.safetensors") is None

@@ -88,4 +88,5 @@ def _model(model: Mapping[str, Any]) -> Check:
         False: ", complete; its files have no known hashes",
     }
     where = f" in {model['path']}" if "path" in model else ""
-    return Check("model", f"{name}{where}{known.get(model.get('verified'), '')}")
+    files = "".join(f"; {one['path']}: {one['model']}" for one in model.get("files", {}).values() if "model" in one)
+    return Check("model", f"{name}{where}{known.get(model.get('verified'), '')}{files}")

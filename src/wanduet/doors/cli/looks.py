@@ -84,6 +84,11 @@ def show_inspected(console: Console, found: Mapping[str, Any]) -> None:
                 lines.append(f"Cut off, since it is beyond the model's limit: {printable(found['cut'])}")
         case "weights":
             lines = [line for one in found.get("models", [found]) for line in _weights(name, one)]
+        case "lora":
+            made_for = f" for {' or '.join(found['fits'])}" if found["fits"] else ""
+            lines = [
+                f"{name} is a LoRA{made_for}. A video with it: wanduet generate PROMPT --lora {printable(found['path'])}"
+            ]
         case kind:
             lines = [f"{name} is {printable(str(kind))}."]
     for line in (*lines, *_made_by(found.get("made_by"))):
@@ -100,7 +105,8 @@ def _of_size(found: Mapping[str, Any]) -> str:
 
 def _weights(name: str, one: Mapping[str, Any]) -> list[str]:
     size = f"{one['parameters'] / 1e9:.3g} billion" if one["parameters"] >= 1e8 else f"{one['parameters']:,}"
-    layout = f"{one['layout']} layout, {', '.join(one['dtypes'])}, {size} parameters"
+    stored = one["quantisation"] or ", ".join(one["dtypes"])
+    layout = f"{one['layout']} layout, {stored}, {size} parameters"
     lines = [f"{name} is {printable(one['model'])} ({printable(layout)})."]
     if one["runs"]:
         needs = f" It needs {', '.join(one['needs'])} beside it." if one["needs"] else ""

@@ -1,5 +1,6 @@
 """Answers a command line that is nearly right with the one that was probably meant."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -36,6 +37,7 @@ FLAGS = {
 LISTS = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv")  # files of prompts
 LOOKED_INTO = (".mp4", ".mkv", ".webm", ".mov", ".safetensors", ".gguf", ".pth")
 PROMPTED = ("generate", "encode", "bench")  # commands that take a prompt
+_A_LORA = re.compile(r"\.(?:safetensors|pt|pth|bin|ckpt)(?::|$)")
 LONGEST = 200  # characters of a word that is repeated
 _PLAIN = re.compile(r"[\w\s.,;:()/@=+-]*")
 
@@ -101,6 +103,8 @@ def _no_command(chain: list[str], words: list[str], app: App) -> str:
 
 def _too_many(chain: list[str], unused: list[str], arguments: Sequence[str]) -> str:
     command, rest = " ".join(chain), list(arguments)[len(chain) :]
+    if (meant := _with_flag_for_each(rest)) != rest:
+        return f"--lora takes one file: give it once for each.\n  Did you mean: {_line([*chain, *meant])}"
     first = rest[0] if rest and not rest[0].startswith("-") else None
     if command in PROMPTED:
         if first is None or rest[1 : 1 + len(unused)] != unused:
@@ -110,6 +114,21 @@ def _too_many(chain: list[str], unused: list[str], arguments: Sequence[str]) -> 
     why = ": a plan is the same for every prompt" if command == "plan" else ""
     given = " ".join(map(_quoted, unused))
     return f"`wanduet {command}` does not take {given}{why}.\n  Did you mean: {_line([*chain, *kept])}"
+
+
+def _with_flag_for_each(words: Sequence[str]) -> list[str]:
+    """Return the words with `--lora` before each LoRA that follows another one without it."""
+    found: list[str] = []
+    among_loras = False
+    for before, word in zip(["", *words], words, strict=False):
+        if before == "--lora" or word.startswith("--lora="):
+            among_loras = True
+        elif word.startswith("-") or not among_loras:
+            among_loras = False
+        elif _A_LORA.search(word) or os.path.exists(word):  # unlike Path's, it is False for any text
+            found.append("--lora")
+        found.append(word)
+    return found
 
 
 def _joined(command: str, words: Sequence[str]) -> list[str]:

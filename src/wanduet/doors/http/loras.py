@@ -7,7 +7,7 @@ operator's, so a link in it is followed.
 import difflib
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from wanduet.loras import Lora
 from wanduet.untrusted import cut
 from wanduet.weights.adapters.facts import describe_adapter, few_step_of
 from wanduet.weights.adapters.files import PICKLES, open_adapter
+from wanduet.weights.adapters.reader import AdapterHeader, measure_adapter
 
 ENDINGS = (".safetensors", *PICKLES)
 NEAREST = 3  # names in a message
@@ -116,6 +117,12 @@ class LoraFolder:
             spec = replace(spec, defaults=replace(spec.defaults, **few_step.defaults()))
         return hashed, spec
 
+    def measure(self, loras: Iterable[Lora], shapes: Mapping[str, tuple[int, ...]]) -> list[AdapterHeader]:
+        """Return what each LoRA adds to a plan, from its header. `shapes`: of the transformer's parameters. Raises
+        InvalidRequestError as `resolve` does, and for a file whose tensors do not fit the parameters."""
+        found = {lora.name: lora for lora in loras}  # a file counts once, as it is read once
+        return [self._measured(lora, shapes) for lora in found.values()]
+
     def kept(self, loras: Iterable[Lora]) -> tuple[list[Lora], list[str]]:
         """Return those of a made video's LoRA that this server has, with the same names and hashes, and a note for each of
         the others."""
@@ -186,6 +193,14 @@ class LoraFolder:
             problem=problem,
         )
         return known
+
+    def _measured(self, lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> AdapterHeader:
+        try:
+            return measure_adapter(self._find(lora.name).path, self._spec.transformer, shapes)
+        except WanduetError as error:
+            if isinstance(error, InvalidRequestError):
+                raise
+            raise _refused(lora.name, f"it cannot be used here: {public_text(error.message)}") from None
 
     def _hashed(self, lora: Lora, known: _Known) -> Lora:
         if known.shown.sha256 is None:

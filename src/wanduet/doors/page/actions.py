@@ -140,14 +140,21 @@ class PageActions:
 
     def plan(self, form: Form) -> dict[str, Any]:
         """Return the plan for a form, without loading anything. Raises WanduetError."""
+        from wanduet.planning.loras import LorasPlan
         from wanduet.planning.planner import make_plan
 
-        request = self._request({**fields_of(form), "prompt": "a plan"}, form)
+        fields = fields_of(form)
+        written = str(form.get("prompt") or "").strip()
+        request = self._request(fields if written else {**fields, "prompt": "a plan"}, form)
         with self._planning:
             models, hardware = self._machine
-            return make_plan(
-                request.resolve(models.spec, None, models.price), models.memory, self._config, hardware
-            ).as_dict()
+            loras, spec = self.context.loras.resolve(request.loras or ())
+            resolved = request.resolve(spec, None, models.price)
+            plan = make_plan(resolved, models.memory, self._config, hardware)
+            if loras:  # only headers are read: a server process has no use for the tensors
+                shapes = models.memory.transformer_shapes
+                plan = LorasPlan.of(resolved, self.context.loras.measure(loras, shapes), shapes).added_to(plan)
+            return plan.as_dict()
 
     def card(self, job: StoredJob) -> dict[str, Any]:
         """Return a job as the page shows it."""

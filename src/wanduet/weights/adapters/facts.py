@@ -12,8 +12,8 @@ from wanduet.family.registry import MEMBERS
 from wanduet.weights.adapters.build import facts_of
 from wanduet.weights.adapters.files import AdapterFile, open_adapter
 from wanduet.weights.adapters.keys import Keys, sort_keys
-from wanduet.weights.adapters.layout import Shape, hidden_size
-from wanduet.weights.adapters.modules import find_module, official_name
+from wanduet.weights.adapters.layout import Shape, hidden_size, incomplete
+from wanduet.weights.adapters.modules import find_module, is_image_module, official_name
 from wanduet.weights.source import some_of
 
 _TITLES = ("modelspec.title", "ss_output_name", "title", "name")
@@ -83,6 +83,9 @@ def sorted_keys(file: AdapterFile) -> Keys:
     named = ((meaning, name) for group in keys.groups.values() for meaning, name in group.items())
     if empty := [n for meaning, n in named if 0 in file.shapes[n] or not (file.shapes[n] or meaning == "alpha")]:
         raise WeightsError(f"{file.path} is damaged: there is no matrix or vector in {some_of(empty)}.")
+    for module, shapes in tensor_shapes(file, keys).items():
+        if not is_image_module(module) and (problem := incomplete(shapes)):
+            raise WeightsError(f"{file.path}: {module} {problem}: {', '.join(sorted(keys.groups[module].values()))}.")
     if file.config.dora and not any({"magnitude", "dora_scale"} & set(group) for group in keys.groups.values()):
         raise WeightsError(f"{file.path} is a DoRA by its config, but has no magnitudes.")
     return keys

@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +15,14 @@ from wanduet.weights.adapters.config import AdapterConfig, parse_config, parse_m
 from wanduet.weights.json_files import read_json
 from wanduet.weights.pickles import load_tensors
 from wanduet.weights.safetensors import TensorFiles, read_header
-from wanduet.weights.source import some_of
+from wanduet.weights.source import FETCH_MODEL, some_of
 
 if TYPE_CHECKING:  # headers are read and checked before torch is imported
     from torch import Tensor
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 CONFIG = "adapter_config.json"
+_FETCH_LORA = "Fetch the LoRA's file again, and compare its size with that on the page it came from."
 # In a folder: PEFT's and diffusers' names.
 _WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")
 
@@ -40,6 +42,13 @@ class AdapterFile:
         if self._pickled is not None:
             return {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
         return self._safetensors.shapes
+
+    @cached_property
+    def num_bytes(self) -> dict[str, int]:
+        """Bytes of every tensor. Raises WeightsError for a damaged file."""
+        if self._pickled is not None:
+            return {name: tensor.nbytes for name, tensor in self._pickled.items()}
+        return {name: info.num_bytes for name, info in self._safetensors.tensors.items()}
 
     @cached_property
     def metadata(self) -> Mapping[str, Any]:
@@ -70,6 +79,10 @@ class AdapterFile:
 
         Raises WeightsError for a damaged file, and for whole numbers or NaN or infinity among them.
         """
+        with self._as_lora():
+            return self._read(names)
+
+    def _read(self, names: Collection[str]) -> "dict[str, Tensor]":
         source = self._pickled.items() if self._pickled is not None else self._safetensors.iterate(names)
         wanted, found, wrong = set(names), {}, []
         for name, tensor in source:
@@ -84,12 +97,24 @@ class AdapterFile:
 
     @cached_property
     def _safetensors(self) -> TensorFiles:
-        return TensorFiles("LoRA", [self.weights])
+        with self._as_lora():
+            return TensorFiles("LoRA", [self.weights])
 
     @cached_property
     def _pickled(self) -> "dict[str, Tensor] | None":
         """The tensors of a PyTorch file, mapped; None for a safetensors file."""
-        return load_tensors(self.weights) if self.weights.suffix.lower() in PICKLES else None
+        with self._as_lora():
+            return load_tensors(self.weights) if self.weights.suffix.lower() in PICKLES else None
+
+    @contextmanager
+    def _as_lora(self) -> Iterator[None]:
+        """Say what to do about a damaged LoRA, also where it is in a model's folder or the hub's cache."""
+        try:
+            yield
+        except WeightsError as error:
+            if error.hint is not None:
+                error.hint = error.hint.replace(FETCH_MODEL, _FETCH_LORA)
+            raise
 
 
 def open_adapter(path: Path) -> AdapterFile:

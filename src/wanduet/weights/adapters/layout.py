@@ -76,7 +76,7 @@ def check_shapes(path: Path, module: str, shapes: Mapping[str, Shape], parameter
 def _problem(shapes: Mapping[str, Shape], base: Shape, bias: Shape | None) -> str | None:
     if len(base) < 2 and any(name in shapes for name in _WEIGHTS if name != "diff"):
         return "is a product, but its weight is no matrix"
-    if problem := _incomplete(shapes) or _misfit(shapes, flat(base)):
+    if problem := incomplete(shapes) or _misfit(shapes, flat(base)):
         return problem
     if "diff" in shapes and _squeezed(shapes["diff"]) != _squeezed(base):
         return "has a difference of another shape"
@@ -93,7 +93,8 @@ def _problem(shapes: Mapping[str, Shape], base: Shape, bias: Shape | None) -> st
     return None
 
 
-def _incomplete(shapes: Mapping[str, Shape]) -> str | None:
+def incomplete(shapes: Mapping[str, Shape]) -> str | None:
+    """Return what one module's tensors lack to be an update; None if nothing."""
     for both in (("down", "up"), LOHA):
         missing = [name for name in both if name not in shapes]
         if missing and len(missing) < len(both):

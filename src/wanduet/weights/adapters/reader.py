@@ -1,6 +1,7 @@
 """Reads a LoRA file as updates of a transformer's parameters."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,26 @@ IMAGE = "of image conditioning, which a text-to-video model does not have"
 _LISTED = 20  # names in a message
 
 
+@dataclass(frozen=True)
+class AdapterHeader:
+    """What a LoRA file adds to a plan, from its header: bytes of the tensors that are used, and the updated parameters."""
+
+    num_bytes: int
+    updates: Mapping[str, object]
+
+
+def measure_adapter(path: Path, transformer: TransformerSpec, shapes: Mapping[str, tuple[int, ...]]) -> AdapterHeader:
+    """Return the size of what `read_adapter` would read; reads no tensors, and raises as it does for what the header
+    shows."""
+    import torch
+
+    file, keys, given, _ = _checked(path, transformer, shapes)
+    used = [name for group in keys.groups.values() for name in group.values()]
+    tensors = {name: torch.empty(file.shapes[name], device="meta") for name in used}
+    facts = {module: facts_of(module, given[module], None, file.config) for module in keys.groups}
+    return AdapterHeader(sum(file.num_bytes[name] for name in used), _updates(keys, tensors, facts, shapes))
+
+
 def read_adapter(path: Path, transformer: TransformerSpec, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
     """Read a LoRA: a .safetensors file, a .pt, .pth, .bin or .ckpt file of tensors alone, or a PEFT folder.
 
@@ -31,19 +52,7 @@ def read_adapter(path: Path, transformer: TransformerSpec, shapes: Mapping[str, 
     a file that does not exist or is no LoRA, WeightsError for a damaged one or one that does not fit the transformer.
     Everything that the header shows is checked before tensors are read.
     """
-    file = open_adapter(path)
-    keys = sorted_keys(file)
-    hidden = hidden_size(tensor_shapes(file, keys))
-    if hidden not in (None, transformer.dim):
-        raise WeightsError(
-            f"{path} is made for {_member(hidden)}; this model has {transformer.dim}.",
-            hint="A LoRA fits only models of the size that it was trained on.",
-        )
-    _leave_out_images(keys, shapes)
-    _require_matches(path, keys, shapes)
-    given = tensor_shapes(file, keys)
-    for module, found in given.items():
-        check_shapes(path, module, found, (shapes[_parameter(module, shapes)], shapes.get(f"{module}.bias")))
+    file, keys, given, hidden = _checked(path, transformer, shapes)
     tensors = file.read([name for group in keys.groups.values() for name in group.values()])
     _require_equal(path, keys, file, tensors)
     alphas = {module: float(tensors[name]) for module, name in alpha_names(file, keys).items()}
@@ -61,6 +70,26 @@ def read_adapter(path: Path, transformer: TransformerSpec, shapes: Mapping[str, 
         hidden_size=hidden,
         few_step=few_step_of(file),
     )
+
+
+def _checked(
+    path: Path, transformer: TransformerSpec, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[AdapterFile, Keys, dict[str, dict[str, tuple[int, ...]]], int | None]:
+    """Open a file and check its header. Return it, its names, the shapes by module and meaning, and the hidden size."""
+    file = open_adapter(path)
+    keys = sorted_keys(file)
+    hidden = hidden_size(tensor_shapes(file, keys))
+    if hidden not in (None, transformer.dim):
+        raise WeightsError(
+            f"{path} is made for {_member(hidden)}; this model has {transformer.dim}.",
+            hint="A LoRA fits only models of the size that it was trained on.",
+        )
+    _leave_out_images(keys, shapes)
+    _require_matches(path, keys, shapes)
+    given = tensor_shapes(file, keys)
+    for module, found in given.items():
+        check_shapes(path, module, found, (shapes[_parameter(module, shapes)], shapes.get(f"{module}.bias")))
+    return file, keys, given, hidden
 
 
 def _updates(
