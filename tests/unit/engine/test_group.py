@@ -3,6 +3,7 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from wanduet.config import EngineConfig
@@ -10,6 +11,8 @@ from wanduet.engine import group as module
 from wanduet.engine.group import EngineModels, Group
 from wanduet.engine.job import Event, Job, OutputOptions
 from wanduet.engine.ranks import Denoised
+from wanduet.errors import CancelledError
+from wanduet.jobs.watchdog import HangSettings
 from wanduet.planning.cost import Seconds
 from wanduet.planning.hardware import detect
 from wanduet.planning.planner import make_plan
@@ -34,6 +37,32 @@ class FakeRanks:
         seconds, report = self._reports.pop(0)
         self._clock[0] += seconds
         return 0, report
+
+
+class StuckRanks:
+    """Denoise for ever, whatever happens; `cancelled` are the tasks that they should leave."""
+
+    def __init__(self, clock: list[float]) -> None:
+        self._clock, self.begun, self.cancelled, self.closed = clock, False, [], False
+
+    def __call__(self, *_: object, timeout_s: float) -> "StuckRanks":
+        return self
+
+    def send(self, assignment: object) -> int:
+        return 7
+
+    def cancel(self, task: int) -> None:
+        self.cancelled.append(task)
+
+    def receive(self, timeout: float, number: int) -> tuple[int, object]:
+        if not self.begun:
+            self.begun = True
+            return 0, Event("denoise", 0, 4)
+        self._clock[0] += timeout
+        raise TimeoutError
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class StartedRanks:
@@ -79,3 +108,21 @@ def test_what_ranks_take_to_load_is_not_told_as_denoising(tmp_path, monkeypatch)
     video.context.add_time("denoise_s", clock[0])  # as whoever asks for it does
     told = {name: video.timings[name] for name in ("load_s", "prepare_s", "denoise_s")}
     assert told == {"load_s": 8.0, "prepare_s": 2.0, "denoise_s": 3.0}
+
+
+def test_ranks_that_do_not_leave_a_cancelled_job_are_ended_before_the_worker_is(tmp_path, monkeypatch) -> None:
+    config = EngineConfig(model="miniature", devices="cpu,cpu", strategy="parallel", data_dir=tmp_path)
+    models, clock = EngineModels(config), [0.0]
+    request = GenerationRequest(prompt="x").resolve(models.spec)
+    plan = make_plan(request, models.memory, config, detect())
+    job = Job(request, plan, OutputOptions(tmp_path / "a.mp4"))
+    ranks = StuckRanks(clock)
+    monkeypatch.setattr(module, "RankGroup", ranks)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(job, "emit", lambda event: job.cancel())  # once they have begun
+    with pytest.raises(CancelledError), models.group(plan, request) as group:
+        group.denoise(job.videos[0], None)
+    assert ranks.cancelled == [7]
+    assert ranks.closed
+    assert models._group is None
+    assert 1.0 < clock[0] < HangSettings().cancel_seconds - 2.0  # a little time is left to end them
