@@ -153,6 +153,36 @@ def test_a_prompt_that_is_none(wanduet, prompt: str) -> None:
         assert ran.json["error"]["param"] == "prompt"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("decode", "no-such-file"), "Cannot read no-such-file: No such file"),
+        (("decode", "notes.txt"), "notes.txt is a text file, not a safetensors file."),
+        (("decode", "clip.mp4"), "clip.mp4 is a video, not a safetensors file."),
+        (("decode", "cut.safetensors"), "cut.safetensors is no safetensors file, or damaged"),
+        (
+            ("generate", "--embeddings", "no-such-file", "--model", "miniature"),
+            "Cannot read no-such-file: No such file",
+        ),
+        (("convert", "clip.mp4", "out"), "clip.mp4 is a video, not a safetensors file."),
+    ],
+)
+def test_files_that_are_not_what_a_command_reads(wanduet, work: Path, arguments: tuple[str, ...], words: str) -> None:
+    (work / "notes.txt").write_text("a list of things")
+    (work / "clip.mp4").write_bytes(b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(64))
+    (work / "cut.safetensors").write_bytes(b"\xff" * 9)
+    ran = wanduet(*arguments, "--json")
+    assert ran.code == 1
+    assert words in ran.error
+
+
+def test_where_a_data_folder_cannot_be(wanduet, work: Path) -> None:
+    (work / "file").write_text("")
+    ran = wanduet("jobs", "list", "--data-dir", "file/data")
+    assert ran.code == 1
+    assert "another place with --data-dir" in ran.err
+
+
 def test_commands_that_are_none(wanduet) -> None:
     assert wanduet("nonsense", "--json").code == 2
     assert "nonsense" in wanduet("nonsense", "--json").error
