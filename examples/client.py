@@ -22,6 +22,8 @@ def call(path, body=None):
         return urllib.request.urlopen(urllib.request.Request(ADDRESS + path, data, headers), timeout=60)
     except urllib.error.HTTPError as error:
         raise SystemExit(json.load(error)["error"]["message"]) from None
+    except urllib.error.URLError as error:
+        raise SystemExit(f"No server answers at {ADDRESS}: {error.reason}") from None
 
 
 video = json.load(call("/v1/videos", {"prompt": "a red circle moving left on a beige background", "seed": 7}))

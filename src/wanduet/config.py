@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-import platformdirs
-
 from wanduet.errors import ConfigError
 from wanduet.family.registry import DEFAULT_MODEL, RANDOM_SPECS
 
@@ -95,7 +93,11 @@ class EngineConfig:
         """The folder for jobs, videos and caches: `data_dir`, `WANDUET_DATA_DIR` or the platform's user data folder."""
         if self.data_dir is not None:
             return Path(self.data_dir)  # from Python, also text
-        return Path(os.environ.get("WANDUET_DATA_DIR") or platformdirs.user_data_dir("wanduet", appauthor=False))
+        if given := os.environ.get("WANDUET_DATA_DIR"):
+            return Path(given)
+        from platformdirs import user_data_dir
+
+        return Path(user_data_dir("wanduet", appauthor=False))
 
 
 @dataclass(frozen=True, slots=True)

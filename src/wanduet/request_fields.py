@@ -141,16 +141,26 @@ def explain(error: ValidationError, fields: Collection[str]) -> InvalidRequestEr
     bounds = {"greater_than_equal": "ge", "less_than_equal": "le"}
     nearest = context.get(bounds.get(first["type"], ""))
     given = None if first["type"] == "missing" else first.get("input")  # the input would be all other fields
-    allowed = _allowed(first["type"], first["msg"], context, fields)
+    if first["type"] == "extra_forbidden":
+        return InvalidRequestError(name, given, no_such_field(str(first["loc"][-1]), fields))
+    allowed = _allowed(first["type"], first["msg"], context)
     if len(first["loc"]) > 2:  # of an object in a list
         allowed = f"{first['loc'][2]}: {allowed}"
     return InvalidRequestError(name, given, allowed, nearest)
 
 
-def _allowed(kind: str, message: str, context: dict[str, Any], fields: Collection[str]) -> str:
+def no_such_field(name: str, fields: Collection[str]) -> str:
+    """Return the message for an unknown field, with the one that is probably meant."""
+    from difflib import get_close_matches
+
+    near = [field for field in fields if field.endswith(f"_{name}")] or get_close_matches(name, fields, 1, 0.75)
+    return (
+        f"there is no such field; {f'did you mean {near[0]}? ' if len(near) == 1 else ''}Fields are {', '.join(fields)}"
+    )
+
+
+def _allowed(kind: str, message: str, context: dict[str, Any]) -> str:
     match kind:
-        case "extra_forbidden":
-            return "there is no such field; fields are " + ", ".join(fields)
         case "string_too_short":
             return "a text that is not empty"
         case "greater_than_equal" | "greater_than" | "less_than_equal" | "less_than":

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import struct
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,19 @@ def open_regular(path: Path) -> BufferedReader:
         os.close(handle)
         raise
     return os.fdopen(handle, "rb")
+
+
+def not_safetensors(path: Path, error: Exception) -> str:
+    """Return what a file is that cannot be read as safetensors, for a message: `a video, not a safetensors file`. `error`
+    is shown where its first bytes do not tell."""
+    kind = None
+    with suppress(OSError):
+        with open_regular(path) as file:
+            is_video = re.match(rb"....ftyp|\x1a\x45\xdf\xa3", file.read(12), re.DOTALL)
+        kind = describe_file(path) or ("a video" if is_video else None)
+    if kind is None or "safetensors" in kind:
+        return f"no safetensors file, or damaged ({cut(error)})"
+    return f"{kind}, not a safetensors file"
 
 
 def read_file(path: Path, most: int = MAX_JSON_BYTES) -> bytes:

@@ -508,7 +508,8 @@ def test_a_table_with_one_column_twice_is_refused(wanduet, work: Path) -> None:
     [
         ("a circle\n{broken", "line 2"),
         ('{"prompt": "x", "num_frames": 6}', "num_frames=6"),
-        ('{"prompt": "x", "nonsense": 6}', "no such field"),
+        ('{"prompt": "x", "nonsense": 6}', "no such field; Fields are"),
+        ('{"prompt": "x", "steps": 6}', "did you mean num_inference_steps?"),
         ('{"seed": 6}', "prompt"),
         ('{"prompt": 6}', "line 1"),
         ("\n# only a comment\n", "at least one prompt"),

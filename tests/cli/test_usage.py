@@ -15,34 +15,34 @@ from wanduet.doors.cli.options import EngineFlags, VideoFlags
 DRY = ("generate", "a red circle", "--dry-run", "--json", "--model", "miniature")
 
 
-def without_torch(arguments: list[str], folder: Path) -> tuple[int, bool]:
-    """Exit code, and whether torch was imported, of a command in a fresh process."""
+def without(heavy: str, arguments: list[str], folder: Path) -> tuple[int, list[str]]:
+    """Exit code of a command in a fresh process, and which of these modules it imported."""
     code = (
         "import sys; from wanduet.doors.cli.main import app; from wanduet.doors.cli.run import run;"
-        f"code = run(app, {arguments!r}); print(code, 'torch' in sys.modules, file=sys.stderr)"
+        f"code = run(app, {arguments!r}); print(code, *(set({heavy.split()!r}) & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
-    last = done.stderr.strip().splitlines()[-1].split()
-    return int(last[0]), last[1] == "False"
+    exit_code, *imported = done.stderr.strip().splitlines()[-1].split()
+    return int(exit_code), imported
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"),
+    ("arguments", "code", "heavy"),
     [
-        (["--help"], 0),
-        (["generate", "--help"], 0),
-        (["generate", "x", "--nonsense"], 2),
-        (["generate", "x", "--steps", "0"], 2),
-        (["generate", "x", "--model", "miniature", "--num-frames", "80"], 2),
-        (["generate", "x", "--num-frames", "80"], 2),
-        (["generate", "x", "--model", "miniature", "-o", "x.avi"], 2),
-        (["generate", "x", "--model", "/no/such/folder"], 1),
-        (["batch", "no-such-file"], 2),
-        (["download", "--model", "miniature"], 0),
+        (["--help"], 0, "torch av numpy rich.markdown difflib"),
+        (["generate", "--help"], 0, "torch av numpy"),
+        (["generate", "x", "--nonsense"], 2, "torch av numpy"),
+        (["generate", "x", "--steps", "0"], 2, "torch av numpy"),
+        (["generate", "x", "--model", "miniature", "--num-frames", "80"], 2, "torch av numpy"),
+        (["generate", "x", "--num-frames", "80"], 2, "torch av numpy"),
+        (["generate", "x", "--model", "miniature", "-o", "x.avi"], 2, "torch"),
+        (["generate", "x", "--model", "/no/such/folder"], 1, "torch"),
+        (["batch", "no-such-file"], 2, "torch av numpy"),
+        (["download", "--model", "miniature"], 0, "torch"),
     ],
 )
-def test_what_needs_no_torch_does_not_import_it(tmp_path: Path, arguments: list[str], code: int) -> None:
-    assert without_torch(arguments, tmp_path) == (code, True)
+def test_what_needs_no_library_does_not_import_it(tmp_path: Path, arguments: list[str], code: int, heavy: str) -> None:
+    assert without(heavy, arguments, tmp_path) == (code, [])
 
 
 @pytest.mark.parametrize(
@@ -151,6 +151,36 @@ def test_a_prompt_that_is_none(wanduet, prompt: str) -> None:
         ran = wanduet(command, prompt, "--model", "miniature", "--json")
         assert ran.code == 2
         assert ran.json["error"]["param"] == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("decode", "no-such-file"), "Cannot read no-such-file: No such file"),
+        (("decode", "notes.txt"), "notes.txt is a text file, not a safetensors file."),
+        (("decode", "clip.mp4"), "clip.mp4 is a video, not a safetensors file."),
+        (("decode", "cut.safetensors"), "cut.safetensors is no safetensors file, or damaged"),
+        (
+            ("generate", "--embeddings", "no-such-file", "--model", "miniature"),
+            "Cannot read no-such-file: No such file",
+        ),
+        (("convert", "clip.mp4", "out"), "clip.mp4 is a video, not a safetensors file."),
+    ],
+)
+def test_files_that_are_not_what_a_command_reads(wanduet, work: Path, arguments: tuple[str, ...], words: str) -> None:
+    (work / "notes.txt").write_text("a list of things")
+    (work / "clip.mp4").write_bytes(b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(64))
+    (work / "cut.safetensors").write_bytes(b"\xff" * 9)
+    ran = wanduet(*arguments, "--json")
+    assert ran.code == 1
+    assert words in ran.error
+
+
+def test_where_a_data_folder_cannot_be(wanduet, work: Path) -> None:
+    (work / "file").write_text("")
+    ran = wanduet("jobs", "list", "--data-dir", "file/data")
+    assert ran.code == 1
+    assert "another place with --data-dir" in ran.err
 
 
 def test_commands_that_are_none(wanduet) -> None:

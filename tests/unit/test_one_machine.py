@@ -129,6 +129,22 @@ def test_proxies_take_what_the_server_takes() -> None:
     assert needed <= int(nginx) * 2**20
 
 
+def test_the_unit_leaves_gpus_usable() -> None:
+    settings = dict(line.split("=", 1) for line in UNIT.splitlines() if re.match(r"\w+=", line))
+    assert settings["ProtectSystem"] == "strict"
+    # ProtectClock, too, allows one device only before systemd 253: its clock.
+    assert not settings.keys() & {
+        "PrivateDevices",
+        "DeviceAllow",
+        "DevicePolicy",
+        "ProtectClock",
+        "MemoryDenyWriteExecute",
+    }
+    assert re.search(
+        r"^ExecStartPre=-\+.*nvidia-modprobe", UNIT, re.MULTILINE
+    )  # NoNewPrivileges leaves its own call no rights
+
+
 def test_the_unit_reads_flags_from_where_the_readme_writes_them() -> None:
     (path,) = re.findall(r"^EnvironmentFile=(\S+)$", UNIT, re.MULTILINE)
     assert f"> {path}" in README

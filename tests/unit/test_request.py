@@ -116,6 +116,12 @@ def test_what_is_no_resolution(text: str) -> None:
         parse_resolution(text)
 
 
+def test_a_resolution_without_its_p_is_nearest_to_the_one_with_it() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        parse_resolution("720")
+    assert caught.value.nearest == "720p"
+
+
 def test_seconds_to_frames() -> None:
     assert [frames_for_seconds(s) for s in (0.01, 1, 2, 5, 10)] == [1, 17, 33, 81, 161]
     assert frames_for_seconds(2, 24) == 49

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from wanduet.distributed.common_stop import CommonStop
 from wanduet.distributed.interrupts import IgnoreSigint
 from wanduet.distributed.rank import Cancel, Command, Failure, Member, Message, Result, dumps, rank_main
 from wanduet.errors import ConfigError, WanduetError
@@ -90,6 +91,7 @@ class RankGroup:
         self._sent = 0
         self._error: WanduetError | None = None
         context = get_context("spawn")
+        self._stop = CommonStop(context, len(self.devices))  # kept: a rank opens its lock by name as it starts
         try:
             for index in range(len(self.devices)):
                 incoming, to_rank = _large_pipe(context)
@@ -98,7 +100,13 @@ class RankGroup:
                 self._from_ranks.append(from_rank)
                 process = context.Process(
                     target=IgnoreSigint(rank_main),
-                    args=(Member(index, self.devices, rendezvous, timeout_s), incoming, outgoing, work, args),
+                    args=(
+                        Member(index, self.devices, rendezvous, timeout_s, self._stop),
+                        incoming,
+                        outgoing,
+                        work,
+                        args,
+                    ),
                     name=f"wanduet-rank-{index}",
                     daemon=True,
                 )
@@ -127,7 +135,8 @@ class RankGroup:
         return self._sent
 
     def cancel(self, task: int = 0) -> None:
-        """Make `Rank.cancelled` return True, on all ranks at the same step, while they work on message number `task`.
+        """Make `Rank.cancelled` and `Rank.cancelled_in_step` return True, at the same step and block on all ranks, while
+        they work on message number `task`.
 
         0 is the work that ranks do before they receive a message. A cancel may come before a rank has started, or after
         the work is done; it never affects another message. To end the ranks at once, exit the group.

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import distributed as dist
 
 from wanduet.distributed.collectives import uses_nccl
+from wanduet.distributed.common_stop import CommonStop
 from wanduet.distributed.links import Link, configure_nccl, link_between
 from wanduet.distributed.mesh import Layout, Mesh
 from wanduet.errors import WanduetError
@@ -177,6 +178,7 @@ class Rank:
     timeout_s: float
     mailbox: Mailbox
     link: Link
+    stop: CommonStop
 
     def mesh(self, layout: Layout) -> Mesh:
         """Create the process groups of `layout`; all ranks must call this. Raises ConfigError if their number is not
@@ -199,11 +201,20 @@ class Rank:
     def cancelled(self) -> bool:
         """Return whether the task of the message received last is cancelled; the same on all ranks.
 
-        This is a collective: all ranks must call it together, once in a step.
+        This is a collective: all ranks must call it together, before each step.
         """
         flag = torch.tensor([self.cancelled_locally()], dtype=torch.int32)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
+        self.stop.begin_step(self.index, self.mailbox.task)
         return bool(flag.item())
+
+    def cancelled_in_step(self) -> bool:
+        """Return whether to stop before the next block of a step, because the task is cancelled.
+
+        Call it before each block. If all ranks begin the same number of blocks in a step, it returns True before the
+        same block on all of them. If the step ends first, `cancelled` returns True after it. It waits for no rank.
+        """
+        return self.stop.begin_block(self.index, cancelled=self.cancelled_locally())
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,13 +222,14 @@ class Member:
     """What a worker process needs to join its group.
 
     It is rank `index`, on `devices[index]`; the ranks meet at the URL `rendezvous`. A collective may take `timeout_s`
-    seconds.
+    seconds. All ranks get the same `stop`.
     """
 
     index: int
     devices: tuple[str, ...]
     rendezvous: str
     timeout_s: float
+    stop: CommonStop
 
 
 def rank_main(
@@ -250,7 +262,7 @@ def rank_main(
         link = link_between(all_devices)
         configure_nccl(link)
         _init_process_group(member, device)
-        rank = Rank(member.index, len(all_devices), device, member.timeout_s, mailbox, link)
+        rank = Rank(member.index, len(all_devices), device, member.timeout_s, mailbox, link, member.stop)
         mailbox.send(Result(work(rank, *args)))
     except BaseException as error:
         mailbox.send(Failure.from_exception(error))

@@ -4,6 +4,7 @@ A group stays alive while jobs use the same devices. If a rank dies, the whole g
 one, and a denoise resumes from its last checkpoint.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +28,16 @@ from wanduet.runtime.peaks import add_up, join
 from wanduet.sampling.denoise import StepInfo
 from wanduet.stages.task import DenoiseTask
 
+log = logging.getLogger(__name__)
+
 # The timeout of a collective is at least this many predicted steps. A GPU's collectives are queued at the beginning of
 # a forward, and wait until all other ranks have computed theirs, however slow they are.
 STEPS_WAITED = 3
 # Seconds between checks for a cancel while the engine waits for the ranks.
 POLL = 0.2
+# How many seconds ranks may take to leave a cancelled denoise; then they are ended. The watchdog ends the whole worker
+# a few seconds later (`HangSettings.cancel_seconds`).
+CANCEL_SECONDS = 6.0
 
 
 def collective_timeout(plan: Plan, request: ResolvedRequest) -> float:
@@ -48,6 +54,7 @@ class Group:
         self.devices, self.timeout_s = plan.group.ranks, timeout_s
         self._ranks = RankGroup(work, plan.group.ranks, config, timeout_s=timeout_s)
         self._denoised: Tensor | None = None  # the latents denoised last, which the ranks still have
+        self.is_stuck = False  # whether the ranks have not left a cancelled denoise in time
 
     def suits(self, plan: Plan, request: ResolvedRequest) -> bool:
         """Return whether the group has the plan's devices, and a collective timeout long enough for the request."""
@@ -84,20 +91,23 @@ class Group:
         """Return latents `[16, T, h, w]` float32. Raises CancelledError, RankFailedError, or a WanduetError of a rank.
 
         If the job is cancelled before the ranks have begun, raise at once: the ranks skip the task once they have
-        started and loaded, and are ready for the next one.
+        started and loaded, and are ready for the next one. If it is cancelled later, they stop before the next block; if
+        they do not within CANCEL_SECONDS, raise with `is_stuck` set.
         """
         job = video.job
         job.check_cancelled()
         self._denoised = None
         number = self._ranks.send(Assignment(video.plan, video.request, task, video.id))
         sent, waited = time.perf_counter(), 0.0
-        begun = cancelled = False
+        begun, cancelled = False, None
         while True:
-            if job.cancelled and not cancelled:
+            if job.cancelled and cancelled is None:
                 self._ranks.cancel(number)
-                cancelled = True
-            if cancelled and not begun:
-                raise CancelledError("The job was cancelled.")
+                cancelled = time.perf_counter()
+            if cancelled is not None:
+                self.is_stuck = begun and time.perf_counter() - cancelled > CANCEL_SECONDS
+                if self.is_stuck or not begun:
+                    raise CancelledError("The job was cancelled.")
             message = self._next(number)
             if message is not None and not begun:  # the ranks have started, loaded and chosen their kernels
                 begun, waited = True, time.perf_counter() - sent
@@ -170,7 +180,8 @@ class EngineModels(Models):
     @contextmanager
     def group(self, plan: Plan, request: ResolvedRequest) -> Iterator[Group]:
         """Yield the group of a `parallel` plan, started if needed. The block has the group's lock. On any error but
-        CancelledError, the group is closed, for its ranks may have ended or still work on the failed task."""
+        CancelledError, the group is closed, for its ranks may have ended or still work on the failed task; so is a group
+        that does not leave a cancelled one."""
         with self.locks.take(GROUP):
             if self._group is not None and not self._group.suits(plan, request):
                 self.close_group()
@@ -181,6 +192,9 @@ class EngineModels(Models):
             try:
                 yield self._group
             except CancelledError:  # the ranks skip a cancelled task by its number
+                if self._group.is_stuck:
+                    log.warning("A cancelled job still keeps its group of ranks: the group is ended.")
+                    self.close_group()
                 raise
             except BaseException:
                 self.close_group()

@@ -77,6 +77,8 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, hardware: Hardware | None = None) -> None:
+        if not isinstance(config, EngineConfig):
+            raise TypeError("Engine takes an EngineConfig, for example EngineConfig(model='miniature').")
         self.config = config
         self.hardware = hardware or detect()
         self.models = EngineModels(config)

@@ -197,7 +197,7 @@ def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor
         _agree(denoiser)
         _share(denoiser, run)
         hooks = StepHooks(watch=shown if first and task.watched else None)
-        context = replace(context, should_cancel=rank.cancelled)
+        context = replace(context, should_cancel=rank.cancelled, should_cancel_in_step=rank.cancelled_in_step)
         try:
             latents = denoise(task, denoiser, checkpoints if first else None, hooks, record, context)
         except CancelledError:

@@ -48,4 +48,4 @@ def parse_resolution(text: str) -> tuple[int, int]:
     if all(side.isascii() and side.isdecimal() and len(side) < 6 for side in (width, height)):
         return int(height), int(width)
     allowed = ", ".join(RESOLUTIONS) + " or WIDTHxHEIGHT, for example 832x480"
-    raise InvalidRequestError("resolution", text, allowed)
+    raise InvalidRequestError("resolution", text, allowed, f"{name}p" if f"{name}p" in RESOLUTIONS else None)

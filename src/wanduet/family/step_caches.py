@@ -7,7 +7,6 @@ decided by one of three rules; MagCache and TeaCache need constants of the model
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Self
 
 from wanduet.errors import InvalidRequestError
@@ -92,6 +91,8 @@ class StepCacheSetting:
         if name == OFF and not separator:
             return None
         if name not in NAMES:
+            from difflib import get_close_matches
+
             close = get_close_matches(name, (OFF, *NAMES), 1)
             raise InvalidRequestError("step_cache", text, ALLOWED, close[0] if close else None)
         table = table_of(spec)

@@ -52,7 +52,7 @@ class JobFiles:
             try:
                 make_folder(path, PRIVATE_FOLDER)
             except OSError as error:
-                raise output_error(path, error) from error
+                raise output_error(path, error, "--data-dir") from error
         # Sweeps and retention go through all of these.
         self.places: tuple[Place, ...] = (FolderPlace(self.folder, self._discard_here, self._checkpoints_of),)
 
@@ -216,7 +216,7 @@ class JobFiles:
                     shutil.copyfile(source, partial)
             return target.name, target.stat().st_size
         except OSError as error:
-            raise output_error(target, error) from error
+            raise output_error(target, error, "--data-dir") from error
 
     def _target(self, job_id: str, token: int, index: int, variant: str) -> Path:
         if not is_job_id(job_id):

@@ -111,7 +111,7 @@ class FolderPlace:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise output_error(path, error) from error
+            raise output_error(path, error, "--data-dir") from error
 
     def set_mark(self, mark: Mark, *, replace: bool = False) -> Mark:
         """As in `Place`; if several processes write at once, all return the same mark. Raises OutputError."""
@@ -130,7 +130,7 @@ class FolderPlace:
                 with suppress(FileExistsError):
                     _write(path, mark.to_json())
         except OSError as error:
-            raise output_error(path, error) from error
+            raise output_error(path, error, "--data-dir") from error
         finally:
             with suppress(OSError):
                 new.unlink(missing_ok=True)

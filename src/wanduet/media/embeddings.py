@@ -59,6 +59,8 @@ def load_embeddings(path: Path | str) -> PromptEmbeds:
         if not all(isinstance(about[name], str) for name in _TEXTS):
             raise ValueError("its metadata is of a wrong kind")
         found = PromptEmbeds(embeds, *(about[name] for name in _TEXTS))
+    except OSError as error:
+        raise UnreadableFileError(f"Cannot read {path}: {error.strerror or error}.") from error
     except _UNREADABLE as error:
         raise UnreadableFileError(f"{path} holds no prompt embeddings, or is damaged ({cut(error)}).") from error
     if embeds.ndim != 2 or 0 in embeds.shape or embeds.dtype != torch.float32:

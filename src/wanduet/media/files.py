@@ -59,14 +59,14 @@ class SystemRefusal(Protocol):
     strerror: str | None
 
 
-def output_error(path: Path, error: SystemRefusal) -> OutputError:
-    """The OutputError for a failed write, with a cause that users understand."""
+def output_error(path: Path, error: SystemRefusal, flag: str = "--output") -> OutputError:
+    """The OutputError for a failed write, with a cause that users understand. `flag` sets another place."""
     if isinstance(error, FileExistsError | NotADirectoryError):  # a parent in the path is a file
         reason = f"{_first_file(path.parent)} is a file, not a folder"
     else:
         reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    hint = "Free some space, or choose another place with --output." if full else _HINT
+    hint = f"Free some space, or choose another place with {flag}." if full else f"Choose another place with {flag}."
     return OutputError(f"Cannot write {path}: {reason}.", hint=hint)
 
 

@@ -17,7 +17,7 @@ from wanduet.media import provenance
 from wanduet.media.codecs import Frame, ToRGB
 from wanduet.media.files import UnreadableFileError
 from wanduet.media.truncation import promised_bytes
-from wanduet.untrusted import check_regular, cut, describe_file, open_regular, read_safetensors_header
+from wanduet.untrusted import check_regular, cut, describe_file, not_safetensors, open_regular, read_safetensors_header
 
 _CONTAINERS = "mov,mp4,matroska,webm"
 # A file of latents or embeddings has one tensor, and metadata of about a prompt's size.
@@ -125,7 +125,7 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UnreadableFileError(f"Cannot read {path}: {error.strerror}.") from error
     except ValueError as error:
-        raise UnreadableFileError(f"{path} is no safetensors file, or damaged ({cut(error)}).") from error
+        raise UnreadableFileError(f"{path} is {not_safetensors(path, error)}.") from error
 
 
 def _header_tag(path: Path) -> str | None:

@@ -76,7 +76,7 @@ class RunContext:
     """Callbacks from a piece of work to its job. The defaults do nothing, for work without a job.
 
     `id` is the job's id. `emit` publishes progress. `should_cancel` returns True once the job is cancelled;
-    `wait(seconds)` sleeps, and returns early on a cancel. `add_time(name, seconds)` adds to a timing of TIMING_NAMES or
+    `should_cancel_in_step`, if given, is called in its place before each block of a step. `wait(seconds)` sleeps, and returns early on a cancel. `add_time(name, seconds)` adds to a timing of TIMING_NAMES or
     RARE_TIMING_NAMES.
     `note` records a deviation from the plan, in a few words that go into the video's metadata. All may be called from
     any thread.
@@ -88,6 +88,7 @@ class RunContext:
     wait: Callable[[float], object] = time.sleep
     add_time: Callable[[str, float], None] = _ignore
     note: Callable[[str], None] = _ignore
+    should_cancel_in_step: Callable[[], bool] | None = None
 
     def check_cancelled(self) -> None:
         """Raise CancelledError if the job was cancelled."""

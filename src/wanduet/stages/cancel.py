@@ -27,12 +27,12 @@ class BlockCancel:
     A host launches work faster than a GPU does it, so a cancel would free the GPU only after all that is queued. While
     steps take longer than LONG_STEP, the host therefore launches only QUEUED_BLOCKS blocks ahead.
 
-    For one process only: ranks of a group could stop at different blocks, and would then wait for each other for ever.
+    Ranks of a group must all stop before the same block: their context's `should_cancel_in_step` sees to that.
     """
 
     def __init__(self, context: RunContext, mark: Callable[[], Mark] | None = None) -> None:
         """`mark` puts a Mark into the queue of the device; None for a device without one."""
-        self._context, self._mark = context, mark
+        self._should_cancel, self._mark = context.should_cancel_in_step or context.should_cancel, mark
         self._marks: deque[Mark] = deque()
         self._began = time.perf_counter()
         self._is_long = False
@@ -40,7 +40,7 @@ class BlockCancel:
 
     def __call__(self) -> None:
         """See the class."""
-        if self._context.should_cancel():
+        if self._should_cancel():
             self.within_step = True
             raise CancelledError("The job was cancelled.")
         if self._is_long and self._mark is not None:

@@ -90,8 +90,6 @@ class _Denoise:
 
     def __call__(self) -> Tensor:
         """Resume from the last checkpoint, if a usable one exists."""
-        if self.denoiser.mesh is not None:
-            return self._run()
         self._before_blocks(self.cancel)
         try:
             return self._run()

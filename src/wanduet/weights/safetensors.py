@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from wanduet.errors import WeightsError
-from wanduet.untrusted import MAX_HEADER_BYTES, check_regular, cut, open_regular, read_safetensors_header
+from wanduet.untrusted import (
+    MAX_HEADER_BYTES,
+    check_regular,
+    cut,
+    not_safetensors,
+    open_regular,
+    read_safetensors_header,
+)
 from wanduet.weights.source import TensorInfo, WeightSource, fetch_again, some_of
 
 if TYPE_CHECKING:  # configs and headers are read and checked before torch is imported
@@ -154,9 +161,7 @@ def _contents_of(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except OSError as error:
         raise WeightsError(f"Cannot read {path}: {error.strerror}.") from error
     except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        raise WeightsError(
-            f"{path} is no safetensors file, or damaged ({cut(error)}).", hint=fetch_again(path)
-        ) from error
+        raise WeightsError(f"{path} is {not_safetensors(path, error)}.", hint=fetch_again(path)) from error
     end = 8 + length + last
     if size != end:
         raise WeightsError(f"{path} is damaged: it has {size} bytes, its header says {end}.", hint=fetch_again(path))

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from wanduet.config import EngineConfig
@@ -11,7 +12,8 @@ from wanduet.engine.group import EngineModels, Group
 from wanduet.engine.job import Event, Job, OutputOptions
 from wanduet.engine.ranks import Denoised
 from wanduet.engine.strategies import GroupStrategy
-from wanduet.errors import KernelFailedError
+from wanduet.errors import CancelledError, KernelFailedError
+from wanduet.jobs.watchdog import HangSettings
 from wanduet.planning.cost import Seconds
 from wanduet.planning.hardware import detect
 from wanduet.planning.planner import make_plan
@@ -36,6 +38,32 @@ class FakeRanks:
         seconds, report = self._reports.pop(0)
         self._clock[0] += seconds
         return 0, report
+
+
+class StuckRanks:
+    """Denoise for ever, whatever happens; `cancelled` are the tasks that they should leave."""
+
+    def __init__(self, clock: list[float]) -> None:
+        self._clock, self.begun, self.cancelled, self.closed = clock, False, [], False
+
+    def __call__(self, *_: object, timeout_s: float) -> "StuckRanks":
+        return self
+
+    def send(self, assignment: object) -> int:
+        return 7
+
+    def cancel(self, task: int) -> None:
+        self.cancelled.append(task)
+
+    def receive(self, timeout: float, number: int) -> tuple[int, object]:
+        if not self.begun:
+            self.begun = True
+            return 0, Event("denoise", 0, 4)
+        self._clock[0] += timeout
+        raise TimeoutError
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class StartedRanks:
@@ -108,3 +136,21 @@ def test_a_group_whose_kernel_failed_starts_again_without_it(tmp_path, monkeypat
     assert closed == [1]
     (note,) = video.record.notes
     assert note.startswith("denoise: group started again (The kernel for sparse attention by fast failed")
+
+
+def test_ranks_that_do_not_leave_a_cancelled_job_are_ended_before_the_worker_is(tmp_path, monkeypatch) -> None:
+    config = EngineConfig(model="miniature", devices="cpu,cpu", strategy="parallel", data_dir=tmp_path)
+    models, clock = EngineModels(config), [0.0]
+    request = GenerationRequest(prompt="x").resolve(models.spec)
+    plan = make_plan(request, models.memory, config, detect())
+    job = Job(request, plan, OutputOptions(tmp_path / "a.mp4"))
+    ranks = StuckRanks(clock)
+    monkeypatch.setattr(module, "RankGroup", ranks)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(job, "emit", lambda event: job.cancel())  # once they have begun
+    with pytest.raises(CancelledError), models.group(plan, request) as group:
+        group.denoise(job.videos[0], None)
+    assert ranks.cancelled == [7]
+    assert ranks.closed
+    assert models._group is None
+    assert 1.0 < clock[0] < HangSettings().cancel_seconds - 2.0  # a little time is left to end them

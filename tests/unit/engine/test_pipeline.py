@@ -397,4 +397,6 @@ def test_what_is_no_request_is_refused_in_a_sentence(engine, tmp_path) -> None:
     for arguments in (("x", OutputOptions(tmp_path / "a.mp4")), (request, None)):
         with pytest.raises(TypeError, match="submit takes a GenerationRequest and a path or OutputOptions"):
             engine.submit(*arguments)
+    with pytest.raises(TypeError, match=r"EngineConfig\(model='miniature'\)"):
+        Engine("miniature")
     assert OutputOptions("a.mp4").video_path(1, 2) == Path("a-2.mp4").absolute()

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
@@ -18,6 +19,7 @@ from wanduet.distributed.mesh import Layout
 from wanduet.distributed.rank import Mailbox, Rank
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
+from wanduet.engine.ranks import work
 from wanduet.errors import CancelledError, ConfigError, NonFiniteLatentsError
 from wanduet.media.latents import load_latents
 from wanduet.media.read import frame_hashes, read_frames, read_metadata
@@ -140,18 +142,53 @@ def test_steps_can_be_watched_wherever_they_are_made(config, alone, tmp_path, st
     assert (seen[-1].latents[0] - latents(tmp_path / "a.mkv")).abs().max() == 0
 
 
-def test_cancel_ends_the_step_and_the_group_goes_on(config, tmp_path) -> None:
+def work_with_a_long_step(rank: Rank, config: EngineConfig) -> None:
+    """Ranks whose third step ends with a cancel only: after its second block, they wait for one."""
+    steps, blocks = 0, 0
+    next_step, next_block = Rank.cancelled, Rank.cancelled_in_step
+
+    def cancelled(self: Rank) -> bool:
+        nonlocal steps, blocks
+        steps, blocks = steps + 1, 0
+        return next_step(self)
+
+    def cancelled_in_step(self: Rank) -> bool:
+        nonlocal blocks
+        blocks += 1
+        while (steps, blocks) == (4, 3) and not self.cancelled_locally():  # the first "step" is the task's beginning
+            time.sleep(0.01)
+        return next_block(self)
+
+    Rank.cancelled, Rank.cancelled_in_step = cancelled, cancelled_in_step
+    work(rank, config)
+
+
+@pytest.mark.parametrize(("video", "changes"), [("guided", {}), ("plain", {"guidance_scale": 1.0})])  # two prompts; one
+def test_a_cancel_ends_a_step_of_ranks_and_the_group_makes_the_next_job(
+    config, alone, tmp_path, monkeypatch, video, changes
+) -> None:
+    monkeypatch.setattr("wanduet.engine.group.work", work_with_a_long_step)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3]))
     with Engine(replace(config, **STRATEGIES["parallel"])) as engine:
-        many = GenerationRequest(**(REQUEST | {"num_inference_steps": 500}))
-        job = engine.submit(many, OutputOptions(tmp_path / "a.mkv", "ffv1"))
+        request = GenerationRequest(**(REQUEST | changes))
+        job = engine.submit(request, OutputOptions(tmp_path / "a.mkv", "ffv1"))
+        steps = []
         for event in job.events():
-            if event.phase == "denoise" and event.done >= 2:
-                job.cancel()
+            if event.phase == "denoise":
+                steps.append(event.done)
+                if event.done == 2:
+                    job.cancel()
+                    job.cancel()
         with pytest.raises(CancelledError):
             job.result(60)
-        following = engine.submit(GenerationRequest(**REQUEST), OutputOptions(tmp_path / "b.mkv", "ffv1"))
+        group = engine.models._group
+        following = engine.submit(request, OutputOptions(tmp_path / "b.mkv", "ffv1", save_latents=True))
         following.result(60)
+        assert engine.models._group is group
+    assert steps == [0, 1, 2]
     assert not (tmp_path / "a.mkv").exists()
+    expected = latents(alone / f"{video}.mkv")
+    assert (latents(tmp_path / "b.mkv") - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_a_cancel_while_ranks_start_is_not_lost(config, tmp_path, monkeypatch) -> None:
@@ -380,12 +417,12 @@ def test_what_ranks_send_a_second_is_measured_and_agreed_on(monkeypatch) -> None
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(moments))
     monkeypatch.setattr(module, "all_gather", lambda own: [own, slower if own.dtype == torch.float64 else own])
     for link, expected in (("direct", None), ("host", 1e7)):
-        rank = Rank(0, 2, torch.device("cpu"), 1.0, Mailbox(*Pipe()), link)
+        rank = Rank(0, 2, torch.device("cpu"), 1.0, Mailbox(*Pipe()), link, None)
         assert module.link_rate(rank) == expected
     assert next(moments, None) is None
     moments = iter([0.0, 0.25] * 4)
     slower = torch.tensor([1e12], dtype=torch.float64)
-    assert module.link_rate(Rank(1, 2, torch.device("cpu"), 1.0, Mailbox(*Pipe()), "gloo")) == 32 * 2**20 / 0.25
+    assert module.link_rate(Rank(1, 2, torch.device("cpu"), 1.0, Mailbox(*Pipe()), "gloo", None)) == 32 * 2**20 / 0.25
 
 
 @pytest.mark.parametrize(
@@ -401,7 +438,7 @@ def test_speeds_that_differ_are_measured_again(monkeypatch, seen, speeds) -> Non
 
     measured = iter(seen)
     monkeypatch.setattr(module, "all_gather", lambda own: [torch.tensor(speed) for speed in next(measured)])
-    rank = Rank(0, 2, torch.device("cpu"), 1.0, Mailbox(*Pipe()), "gloo")  # the other rank has a GPU
+    rank = Rank(0, 2, torch.device("cpu"), 1.0, Mailbox(*Pipe()), "gloo", None)  # the other rank has a GPU
     assert module.all_speeds(rank, None) == speeds
     assert next(measured, None) is None
     assert module.all_speeds(rank, (1.0, 4.0)) == (0.25, 1.0)
@@ -411,5 +448,5 @@ def test_cpus_are_alike_and_not_measured(monkeypatch) -> None:
     from wanduet.engine import speeds as module
 
     monkeypatch.setattr(module, "all_gather", None)
-    rank = Rank(0, 2, torch.device("cpu"), 1.0, Mailbox(*Pipe()), "direct")
+    rank = Rank(0, 2, torch.device("cpu"), 1.0, Mailbox(*Pipe()), "direct", None)
     assert module.all_speeds(rank, None) == (1.0, 1.0)

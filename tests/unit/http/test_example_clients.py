@@ -1,6 +1,7 @@
 """The clients in `examples` against a server at a socket."""
 
 import runpy
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -54,4 +55,13 @@ def test_a_refusal_is_shown_in_the_servers_words(
     with listening(api) as server:
         monkeypatch.setattr("sys.argv", ["client", f"http://127.0.0.1:{server.port}"])
         with pytest.raises(SystemExit, match="shutting down"):
+            runpy.run_path(str(EXAMPLES / "client.py"), run_name="__main__")
+
+
+def test_an_address_without_a_server_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:  # bound, but not listening
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        monkeypatch.setattr("sys.argv", ["client", address])
+        with pytest.raises(SystemExit, match=f"No server answers at {address}"):
             runpy.run_path(str(EXAMPLES / "client.py"), run_name="__main__")

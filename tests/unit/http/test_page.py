@@ -341,6 +341,9 @@ def test_the_page_is_closed_without_a_key_and_open_with_its_cookie(make_api: Any
     with page.http as http:
         assert (http.get("/").status_code, http.get("/").headers["location"]) == (303, "/login")
         check_keys(page.api.app)
+        in_browser = http.get("/docs", headers={"Accept": "text/html,*/*;q=0.8"})
+        assert (in_browser.status_code, in_browser.headers["location"]) == (303, "/login")
+        assert http.get("/docs").status_code == 401
         asked = ["/page/about", "/page/events", f"/page/videos/{JOB.id}", f"/page/videos?after={JOB.id}"]
         assert {http.get(path).status_code for path in asked} == {401}
         assert http.post("/login", data={"key": "wrong"}).status_code == 401
@@ -357,7 +360,7 @@ def test_the_page_is_closed_without_a_key_and_open_with_its_cookie(make_api: Any
         cookie = http.post("/login", data={"key": key}).headers["set-cookie"].lower()
         assert all(word in cookie for word in ("httponly", "samesite=strict"))
         assert "secure" not in cookie, "plain HTTP would not send it back"
-        assert http.get("/").status_code == 200
+        assert http.get("/").status_code == http.get("/docs").status_code == 200
         video_id = page.submit(page.form()).id
         assert http.get(f"/page/videos/{video_id}").status_code == 200
         for path in (f"/v1/videos/{video_id}", f"/page/videos/{video_id}"):

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from cyclopts import Group
+from cyclopts import App, Group
 
 if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel
@@ -19,6 +19,13 @@ ORDER = (
     "generate", "batch", "encode", "decode", "plan", "inspect", "verify", "bench", "price", "serve", "ui", "jobs",
     "keys", "cluster", "doctor", "download",
 )  # fmt: skip
+
+
+def plain_overview(app: App) -> None:
+    """Make the app's own help plain text; the help of its commands stays Markdown, whose renderer takes long to import."""
+    app.help_format = "plaintext"
+    for name in app:
+        app[name].help_format = "markdown"
 
 
 def concise(console: "Console", options: "ConsoleOptions", panel: "HelpPanel") -> None:

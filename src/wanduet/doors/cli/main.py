@@ -18,7 +18,7 @@ from cyclopts.config import Env
 
 from wanduet.doors.cli import completion, jobs
 from wanduet.doors.cli.embeddings import prompt_of
-from wanduet.doors.cli.help import EVERYWHERE, KEEP, LOOK, MAKE, concise
+from wanduet.doors.cli.help import EVERYWHERE, KEEP, LOOK, MAKE, concise, plain_overview
 from wanduet.doors.cli.options import SETTINGS_FILE, EngineFlags, Settings, VideoFlags, drop_overruled, whole
 from wanduet.doors.cli.places import Place, parse_place, place
 from wanduet.doors.cli.run import emit, run
@@ -381,6 +381,7 @@ jobs.register(app)
 completion.register(app, KEEP)
 for flag in ("--help", "--version"):
     app[flag].group = KEEP
+plain_overview(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from cyclopts import App, CycloptsError, MissingArgumentError, UnknownCommandError, UnknownOptionError
@@ -85,6 +84,8 @@ def _no_command(chain: list[str], words: list[str], app: App) -> str:
         return f"There is no flag {shown} before a command.\n  {everything}"
     text = f"There is no command {shown}."
     known = {name: name for name in names} | ({} if chain else WORDS)
+    from difflib import get_close_matches
+
     if near := get_close_matches(first.lower(), known, 1, 0.75):
         meant = known[near[0]]
         rest = _joined(meant, words[1:]) or (["a cat"] if meant == "generate" else [])

@@ -9,7 +9,6 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -142,6 +141,8 @@ def _read_settings(command: App) -> dict[str, Any]:
         if new := RENAMED.get(name.replace("_", "-")):
             raise ConfigError(f"{path}: {name} is named {new.replace('-', '_')} now.")
         if name.replace("_", "-") not in known or isinstance(value, dict):
+            from difflib import get_close_matches
+
             near = get_close_matches(name.replace("_", "-"), known, 1)
             hint = "Settings stand at the top of the file, without sections, named like the flags."
             raise ConfigError(

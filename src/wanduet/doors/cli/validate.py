@@ -12,7 +12,6 @@ from wanduet.doors.cli.places import Place
 from wanduet.errors import InvalidRequestError, ModelNotFoundError
 from wanduet.family.registry import RANDOM_SPECS, find_spec
 from wanduet.family.spec import ModelSpec
-from wanduet.media.input_video import resolve
 from wanduet.request import GenerationRequest, exclude
 from wanduet.untrusted import cut, parse_json, read_stream
 
@@ -25,8 +24,18 @@ def early_request(prompt: str, video: VideoFlags, config: EngineConfig) -> Gener
     spec = known_spec(config.model, config.files)
     request = video.request(prompt, spec)
     if spec is not None:
-        resolve(request, spec)
+        _check(request, spec)
     return request
+
+
+def _check(request: GenerationRequest, spec: ModelSpec) -> None:
+    """Raise InvalidRequestError if the model cannot make it."""
+    if request.input_video is None:
+        request.resolve(spec)
+        return
+    from wanduet.media.input_video import resolve
+
+    resolve(request, spec)
 
 
 def known_spec(model: str, files: Mapping[str, Path] | None = None) -> ModelSpec | None:
@@ -81,7 +90,7 @@ def read_batch(file: Path, video: VideoFlags, config: EngineConfig) -> list[Gene
         try:
             request = _request(row, video, json_only, spec)
             if spec is not None:
-                resolve(request, spec)
+                _check(request, spec)
         except InvalidRequestError as error:
             error.message = f"{file}, line {number}: {error.message}"
             raise

@@ -76,7 +76,7 @@ class KeyRing:
                 self._content, self._records = None, ()
                 return ()
             except OSError as error:
-                raise self._unreadable() from error
+                raise self._unreadable(str(error.strerror)) from error
             if content != self._content:
                 self._records = self._parse(content)
                 self._content = content
@@ -99,10 +99,10 @@ class KeyRing:
         try:
             return tuple(map(_record, json.loads(content)["keys"]))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise self._unreadable() from error
+            raise self._unreadable("it is damaged") from error
 
-    def _unreadable(self) -> ConfigError:
-        return ConfigError("The file of API keys cannot be read.", hint=f"Repair or remove {self._path}.")
+    def _unreadable(self, reason: str) -> ConfigError:
+        return ConfigError(f"The file of API keys cannot be read: {reason}.", hint=f"Repair or remove {self._path}.")
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -115,7 +115,7 @@ class KeyRing:
             text = f"Another process has been changing the API keys for {LOCK_SECONDS:g} s."
             raise ConfigError(text, hint="Try again, or end that process.") from None
         except OSError as error:
-            raise output_error(self._path, error) from error
+            raise output_error(self._path, error, "--data-dir") from error
 
     def _save(self, records: tuple[KeyRecord, ...]) -> None:
         text = json.dumps({"keys": [asdict(record) for record in records]}, indent=1)

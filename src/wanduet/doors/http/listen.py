@@ -249,7 +249,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind((bare, port))
     except OSError as error:
         listener.close()
-        raise ConfigError(f"Cannot listen at {host}, port {port}: {error.strerror}.", hint="Try --port 0.") from error
+        hint = "Take another, such as --port 8001; --port 0 takes any that is free."
+        raise ConfigError(f"Cannot listen at {host}, port {port}: {error.strerror}.", hint=hint) from error
     return listener
 
 

@@ -24,7 +24,7 @@ from wanduet.request import (
     GenerationRequest,
     check_prompt_length,
 )
-from wanduet.request_fields import RequestField
+from wanduet.request_fields import RequestField, no_such_field
 from wanduet.source_video import SourceVideo
 
 MAX_SECONDS = 3600.0
@@ -289,8 +289,7 @@ def check_names(fields: dict[str, Any], known: type[BaseModel]) -> None:
     """Raise InvalidRequestError for an unknown field."""
     for name, value in fields.items():
         if name not in known.model_fields:
-            allowed = f"there is no such field; fields are {', '.join(known.model_fields)}"
-            raise InvalidRequestError(name, value, allowed)
+            raise InvalidRequestError(name, value, no_such_field(name, known.model_fields))
 
 
 def _check_texts(values: dict[str, Any], limits: RequestLimits) -> None:

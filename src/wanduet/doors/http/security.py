@@ -22,7 +22,7 @@ def check_bind(host: str, has_keys: bool) -> None:
     if not is_loopback(host) and not has_keys:
         raise ConfigError(
             f"host={host!r} can be reached from other machines, and no API key is set.",
-            hint="Make a key first, or bind 127.0.0.1.",
+            hint="Make a key first with `wanduet keys add NAME`, or take --host 127.0.0.1.",
         )
 
 

@@ -12,9 +12,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
+from starlette.routing import NoMatchFound
 
 from wanduet import __version__
 from wanduet.config import EngineConfig
@@ -158,9 +159,23 @@ def _add_service_routes(app: FastAPI) -> None:
         shown = context.metrics.show(None if context.keys.is_operator(owner) else owner)
         return Response(shown, media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/docs", include_in_schema=False, dependencies=[Depends(get_owner)])
-    def docs() -> Response:
+    @app.get("/docs", include_in_schema=False)
+    def docs(request: Request) -> Response:
+        try:
+            get_owner(request)
+        except errors.ApiError:
+            if "text/html" in request.headers.get("Accept", "") and has_login(app):
+                return RedirectResponse("/login", 303)  # a browser, which cannot send a key by itself
+            raise
         return HTMLResponse(reference.render(app.openapi()), headers={"Content-Security-Policy": reference.POLICY})
+
+
+def has_login(app: FastAPI) -> bool:
+    """Whether the application has a page, and so a form that keeps a key in a cookie."""
+    try:
+        return bool(app.url_path_for("login"))
+    except NoMatchFound:
+        return False
 
 
 def _model_of(context: ServerContext) -> Model:
