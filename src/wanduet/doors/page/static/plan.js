@@ -7,7 +7,8 @@ import {on, state} from './state.js';
 
 const PAUSE_MS = 120; // of typing, before the server is asked
 const RETRY_MS = 3000;
-let changes = 0, running = false, timer = null;
+const NOTES_MS = 1000; // of rest: half a prompt needs no note, and the form must not move while somebody types
+let changes = 0, running = false, timer = null, notesTimer = null;
 
 export function startPlan() {
   on('form online', ask);
@@ -16,6 +17,7 @@ export function startPlan() {
 
 function ask() {
   changes += 1;
+  clearTimeout(notesTimer);
   $('plan').classList.add('waiting');
   $('plan').setAttribute('aria-busy', 'true');
   if (!$('plan').firstChild) $('plan').append(message('Computing the plan'));
@@ -54,7 +56,11 @@ function show(plan, form) {
     el('p', {class: 'fine'}, line),
     plan.memory?.length ? el('ul', {class: 'memory'}, ...plan.memory.map(row)) : null,
   ]);
-  render($('notes'), JSON.stringify(plan.notes), () => (plan.notes || []).map(text => message(text, 'note')));
+  clearTimeout(notesTimer);
+  const notes = plan.notes || [];
+  const showNotes = () => render($('notes'), JSON.stringify(notes), () => notes.map(text => message(text, 'note')));
+  if (notes.length) notesTimer = setTimeout(showNotes, NOTES_MS);
+  else showNotes();
 }
 
 export function fixes(plan) {
