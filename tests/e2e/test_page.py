@@ -440,6 +440,8 @@ def test_without_a_model_the_page_offers_to_fetch_it_or_the_miniature(
         context.set_default_timeout(180_000)
         page = context.new_page()
         page.goto(waiting.url)
+        page.get_by_role("button", name="Fetch Wan2.1-T2V-1.3B (9.8 GB)").wait_for()
+        page.get_by_role("radio", name="29 GB").check()
         page.get_by_role("button", name="Fetch Wan2.1-T2V-1.3B (29 GB)").click()
         page.get_by_text("it cannot be fetched from the hub").wait_for()
         assert waiting.http.post("/v1/videos", json={"prompt": PROMPT}).status_code == 503
