@@ -26,6 +26,7 @@ from wanduet.doors.page.forms import (
     form_of,
     form_rows,
 )
+from wanduet.doors.page.models import model_words
 from wanduet.doors.page.words import card
 from wanduet.errors import InvalidRequestError, WanduetError
 from wanduet.family.speeds import SPEEDS, price_of_speed, with_speed
@@ -67,6 +68,7 @@ class PageActions:
         fields["prompt"]["longest"] = limits.prompt
         return {
             "model": self.context.spec.name,
+            "models": model_words(self.context.spec, self._config.model),
             "is_miniature": self._config.model in BUNDLED,
             "signed_in": self.context.require_key,
             "fields": fields,
