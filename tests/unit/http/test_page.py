@@ -135,7 +135,7 @@ def test_the_form_of_few_step_weights() -> None:
         ({"num_frames": 80}, "Frames: 80 does not work, 81 or 77 does."),
         ({"size": "830x480"}, "Size: a width of 830 does not work, 816 or 832 does."),
         ({"size": "big"}, "Size: 480p, 720p, 1080p or WIDTHxHEIGHT, for example 832x480."),
-        ({"size": "2560x1440"}, "Size: this server takes at most 2088960 pixels."),
+        ({"size": "2560x1440"}, "Size: 2560 × 1440 is too much for this server, 1920 × 1072 is not."),
         ({"seed": "abc"}, "Seed: a whole number."),
         ({"num_inference_steps": 0}, "Steps: 0 does not work, 1 does."),
         ({"num_videos_per_prompt": 5}, "Videos: 5 does not work, 4 does."),

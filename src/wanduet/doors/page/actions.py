@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from wanduet.runtime.models import Models
 
 _A_FILE = "this file"  # in place of its path, which only the browser knows
+SIZE_HELP = "Width x height in pixels, each a multiple of 16; or 480p, 720p, 1080p."
 BEYOND = (
     "The miniature knows coloured shapes that move on a background of another colour, and a few scenes. This prompt goes "
     "beyond its world."
@@ -64,7 +65,7 @@ class PageActions:
         """Return what the page is built from: the model, the form's fields with their defaults, presets and speeds."""
         limits, start, presets = self.context.settings.limits, self.defaults(), self.presets
         fields = {name: describe(field, start[name], limits) for name, field in FORM_FIELDS.items()}
-        fields[SIZE] |= {"kind": "size", "choices": presets.sizes}
+        fields[SIZE] |= {"kind": "size", "choices": presets.sizes, "help": SIZE_HELP}
         fields["prompt"]["longest"] = limits.prompt
         return {
             "model": self.context.spec.name,
