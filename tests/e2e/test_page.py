@@ -195,6 +195,7 @@ def test_one_video_a_line_then_compared_searched_and_deleted_together(page: Any,
     describe(page, "a green square growing on a black background\n\na blue star spinning on a gray background", Steps=2)
     pick(page, "1 s")
     page.get_by_label("One video a line").check()
+    page.locator("#plan").get_by_text("for each of the 2 prompts").wait_for()
     page.get_by_role("button", name="Generate 2 videos").click()
     page.get_by_text("2 videos are in the queue.").wait_for()
     made = served.http.get("/v1/videos?limit=2").json()["data"]

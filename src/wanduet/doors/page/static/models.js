@@ -5,7 +5,8 @@ import {state} from './state.js';
 
 export function showModels() {
   const {model, models: {served, others}} = state.about;
-  $('model').append(el('summary', {}, 'Model: ', el('b', {}, short(model))),
+  $('model').firstElementChild.append(': ', el('b', {}, short(model)));
+  $('model').append(
     el('p', {class: 'fine'}, `${served} by default. A server runs one model. Whoever runs this one can start another in its place:`),
     el('ul', {}, ...others.map(({name, about, command}) =>
       el('li', {}, el('b', {}, short(name)), el('span', {class: 'fine'}, about), el('code', {}, command)))),

@@ -2,7 +2,7 @@
 
 import * as api from './api.js';
 import {$, button, el, message, playsFor, render} from './dom.js';
-import {setForm} from './form.js';
+import {prompts, setForm} from './form.js';
 import {on, state} from './state.js';
 
 const PAUSE_MS = 120; // of typing, before the server is asked
@@ -49,11 +49,13 @@ function show(plan, form) {
   const box = $('plan');
   box.classList.remove('waiting');
   box.removeAttribute('aria-busy');
-  const line = [settingsLine(form), plan.work].filter(Boolean).join(' · ');
+  const line = settingsLine(form), count = prompts().length;
+  if (count > 1 && ['good', 'slow'].includes(plan.kind)) plan.text += ` for each of the ${count} prompts`;
   render(box, JSON.stringify([plan, line]), () => [
     message(plan.text, plan.kind),
     fixes(plan),
     el('p', {class: 'fine'}, line),
+    plan.work ? el('p', {class: 'fine'}, `${plan.work[0].toUpperCase()}${plan.work.slice(1)}`) : null,
     plan.memory?.length ? el('ul', {class: 'memory'}, ...plan.memory.map(row)) : null,
   ]);
   clearTimeout(notesTimer);
