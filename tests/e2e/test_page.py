@@ -429,6 +429,9 @@ def test_a_phone_and_the_dark(browser: Any, served: Server, video: Path) -> None
         in_view = "() => document.querySelector('#prompt').getBoundingClientRect().top >= 0"
         until(page, in_view)  # what the button did can be seen
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+        page.locator(".card .pick").last.click()
+        until(page, "() => document.querySelector('#player').readyState >= 2")
+        planned(page)
         shot(page, "page-phone")
 
 
