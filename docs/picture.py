@@ -36,8 +36,9 @@ MILLISECONDS = 62  # a frame, at 16 a second
 
 PAGE_PROMPT = "a red square spinning on a black background"
 WINDOW = {"width": 1180, "height": 860}
-SHOT_MS = 200  # between two pictures of the page
-LAST_SHOTS = 12  # while the video plays
+SHOT_MS = 160  # a picture of the page is seen
+WORK_MS = 500  # between two pictures while the video is made
+PAUSE_MS = 1200  # to read what has appeared
 PAGE_WIDTH = 885
 
 
@@ -58,10 +59,10 @@ def _edges() -> tuple[tuple[int, int], ...]:
 
 
 def film_of_page() -> None:
-    """Type a prompt, press the button, and take a picture of the page five times a second until the video has played."""
+    """Type a prompt, read the plan, press the button, and take pictures of the page until the video has played."""
     from playwright.sync_api import sync_playwright
 
-    pictures: list[Image.Image] = []
+    film = Film()
     with _served() as url, sync_playwright() as playwright:
         path = shutil.which("chromium") or shutil.which("chromium-browser")
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
@@ -69,23 +70,58 @@ def film_of_page() -> None:
         page.set_default_timeout(180_000)
         page.goto(url)
         page.locator("#top").get_by_text("· ready").wait_for()
-        prompt = page.get_by_label("Prompt", exact=True)
-        for end in range(0, len(PAGE_PROMPT) + 1, 4):
+        page.locator("#plan:not(.waiting) .message").wait_for()
+        film.take(page, PAUSE_MS)
+        prompt, button = page.get_by_label("Prompt", exact=True), page.get_by_role("button", name="Generate")
+        for end in range(4, len(PAGE_PROMPT) + 4, 4):
             prompt.fill(PAGE_PROMPT[:end])
-            pictures.append(_shot(page))
-        prompt.fill(PAGE_PROMPT)
-        page.get_by_text("All settings").wait_for()
-        page.get_by_role("button", name="Generate").click()
-        while not page.locator("#player").count():
-            pictures.append(_shot(page))
+            film.take(page)
+        page.get_by_role("radio", name="Draft").check()
+        page.locator("#plan:not(.waiting)", has_text="speed draft").wait_for()
+        film.take(page, PAUSE_MS)
+        button.hover()
+        film.take(page)
+        button.click()
+        player = page.locator("#player")
+        while not player.count():
+            film.take(page)
+            page.wait_for_timeout(WORK_MS)
+        while player.evaluate("video => video.readyState < 4"):
             page.wait_for_timeout(SHOT_MS)
-        while not page.evaluate("document.querySelector('#player').readyState >= 2"):
-            page.wait_for_timeout(SHOT_MS)
-        for _ in range(LAST_SHOTS):
-            pictures.append(_shot(page))
-            page.wait_for_timeout(SHOT_MS)
+        _film_video(film, page, player)
         browser.close()
-    _save("page.webp", pictures, SHOT_MS)
+    _save("page.webp", film.pictures, film.milliseconds)
+
+
+def _film_video(film: "Film", page: Any, player: Any) -> None:
+    """Take the video at even moments, whatever time a picture of the page takes on this machine."""
+    player.evaluate("video => { video.pause(); video.controls = false; }")  # as they hide in play
+    seconds = player.evaluate("video => video.duration")
+    for moment in np.arange(0, seconds, SHOT_MS / 1000):
+        player.evaluate(
+            "(video, moment) => new Promise(seen => { video.onseeked = seen; video.currentTime = moment; })", moment
+        )
+        film.take(page)
+    film.take(page, PAUSE_MS)
+
+
+class Film:
+    """Pictures of the page, each with its time on the screen; what does not change is one picture that stays longer."""
+
+    def __init__(self) -> None:
+        self.pictures: list[Image.Image] = []
+        self.milliseconds: list[int] = []
+
+    def take(self, page: Any, milliseconds: int = SHOT_MS) -> None:
+        """Add a picture of the page as it is now."""
+        picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+        size = (PAGE_WIDTH, picture.height * PAGE_WIDTH // picture.width)
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+        if self.pictures and picture.tobytes() == self.pictures[-1].tobytes():
+            self.milliseconds[-1] += milliseconds
+            return
+        self.pictures.append(picture)
+        self.milliseconds.append(milliseconds)
 
 
 @contextmanager
@@ -116,15 +152,11 @@ def _served() -> Iterator[str]:
                 process.communicate()
 
 
-def _shot(page: Any) -> Image.Image:
-    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    return picture.resize((PAGE_WIDTH, picture.height * PAGE_WIDTH // picture.width), Image.Resampling.LANCZOS)
-
-
-def _save(name: str, pictures: list[Image.Image], milliseconds: int = MILLISECONDS) -> None:
+def _save(name: str, pictures: list[Image.Image], milliseconds: int | list[int] = MILLISECONDS) -> None:
     began = time.perf_counter()
     first, *rest = pictures
-    first.save(IMAGES / name, save_all=True, append_images=rest, duration=milliseconds, loop=0, quality=80, method=4)
+    options = {"duration": milliseconds, "loop": 0, "quality": 80, "method": 4, "minimize_size": True}
+    first.save(IMAGES / name, save_all=True, append_images=rest, **options)
     size = (IMAGES / name).stat().st_size
     print(f"{name}: {len(pictures)} pictures, {size / 1024:.0f} KiB, written in {time.perf_counter() - began:.0f} s")
 

@@ -416,8 +416,9 @@ def test_no_network_and_nothing_cached(wanduet, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    for arguments in (["generate", "x"], ["encode", "x"], ["download"]):
-        ran = wanduet(*arguments, "--model", "foo/bar", "--json")
+    one, several = "foo/bar", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"  # forms
+    for arguments in (["generate", "x", one], ["encode", "x", one], ["download", one], ["download", several]):
+        ran = wanduet(*arguments[:-1], "--model", arguments[-1], "--json")
         assert ran.code == 1
         assert "cannot be fetched" in ran.error
         assert ran.json["error"]["code"] == "model_not_found"

@@ -113,7 +113,8 @@ def test_presets_and_the_plans_answer(page: Any) -> None:
     unfold(page)
     size = page.get_by_label("Size", exact=True)
     size.fill("4096x4096")
-    plan.get_by_text("at most").wait_for()
+    plan.get_by_text("is too much for this server").wait_for()
+    plan.get_by_role("button", name="Use 1440 × 1440").wait_for()
     size.fill("96x100")
     plan.get_by_text("96 or 112 does").wait_for()
     plan.get_by_role("button", name="Use 96 × 96").click()
@@ -194,6 +195,7 @@ def test_one_video_a_line_then_compared_searched_and_deleted_together(page: Any,
     describe(page, "a green square growing on a black background\n\na blue star spinning on a gray background", Steps=2)
     pick(page, "1 s")
     page.get_by_label("One video a line").check()
+    page.locator("#plan").get_by_text("for each of the 2 prompts").wait_for()
     page.get_by_role("button", name="Generate 2 videos").click()
     page.get_by_text("2 videos are in the queue.").wait_for()
     made = served.http.get("/v1/videos?limit=2").json()["data"]
@@ -427,6 +429,9 @@ def test_a_phone_and_the_dark(browser: Any, served: Server, video: Path) -> None
         in_view = "() => document.querySelector('#prompt').getBoundingClientRect().top >= 0"
         until(page, in_view)  # what the button did can be seen
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+        page.locator(".card .pick").last.click()
+        until(page, "() => document.querySelector('#player').readyState >= 2")
+        planned(page)
         shot(page, "page-phone")
 
 
@@ -440,6 +445,8 @@ def test_without_a_model_the_page_offers_to_fetch_it_or_the_miniature(
         context.set_default_timeout(180_000)
         page = context.new_page()
         page.goto(waiting.url)
+        page.get_by_role("button", name="Fetch Wan2.1-T2V-1.3B (9.8 GB)").wait_for()
+        page.get_by_role("radio", name="29 GB").check()
         page.get_by_role("button", name="Fetch Wan2.1-T2V-1.3B (29 GB)").click()
         page.get_by_text("it cannot be fetched from the hub").wait_for()
         assert waiting.http.post("/v1/videos", json={"prompt": PROMPT}).status_code == 503

@@ -3,20 +3,26 @@
 from dataclasses import replace
 
 from wanduet.family import wan21
-from wanduet.family.distilled import FEW_STEP
+from wanduet.family.distilled import FEW_STEP, FewStep
 from wanduet.family.spec import GenerationDefaults, ModelSpec, TransformerSpec
+
+
+def with_few_steps(spec: ModelSpec, row: FewStep) -> ModelSpec:
+    """Return the spec of few-step weights that were made from a model's."""
+    return replace(
+        spec,
+        name=row.name,
+        transformer=replace(spec.transformer, attention=row.attention, key_share=row.key_share),
+        defaults=replace(spec.defaults, **row.defaults()),
+    )
+
 
 MEMBERS = wan21.MEMBERS
 DEFAULT_MODEL = MEMBERS[0].hub_id
 RANDOM_SPECS = {member.random_name: member.spec for member in MEMBERS}
 # And the smallest with each attention that weights are trained for: `random:1.3b-vsa`, `random:1.3b-sla`.
 RANDOM_SPECS |= {
-    f"{MEMBERS[0].random_name}-{row.attention}": replace(
-        MEMBERS[0].spec,
-        name=row.name,
-        transformer=replace(MEMBERS[0].spec.transformer, attention=row.attention, key_share=row.key_share),
-        defaults=replace(MEMBERS[0].spec.defaults, **row.defaults()),
-    )
+    f"{MEMBERS[0].random_name}-{row.attention}": with_few_steps(MEMBERS[0].spec, row)
     for row in FEW_STEP
     if row.attention != "dense" and row.keys
 }

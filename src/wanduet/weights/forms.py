@@ -22,6 +22,11 @@ _COMFY_TRANSFORMERS = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1_t2v_1.3B_fp16.safetensors",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1_t2v_14B_fp8_scaled.safetensors",
 }
+# In GB, rounded.
+_SIZES: Mapping[str, Mapping[FormName, float]] = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {"full": 28.9, "bf16": 17.6, "comfy": 9.8},
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": {"full": 80.4, "bf16": 69.0, "comfy": 21.3},
+}
 _COMFY_TEXT = f"{_SPLIT}/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 _COMFY_VAE = f"{_SPLIT}/vae/wan_2.1_vae.safetensors"
 # Only the needed files (a repository may also have single-file weights), and no pickles.
@@ -96,6 +101,12 @@ def forms_of(model: str) -> dict[FormName, Form]:
         }
         found["comfy"] = Form("comfy", COMFY, files, single=True)
     return {own: found.pop(own)} | found
+
+
+def size_of(model: str, form: FormName) -> int | None:
+    """Return about how many bytes a form of a hub id has, without asking the hub; None if that is not known."""
+    gigabytes = _SIZES.get(diffusers_name(model) if is_official(model) else model, {}).get(form)
+    return None if gigabytes is None else round(gigabytes * 1e9)
 
 
 def form_of(model: str, name: FormName | None) -> Form:

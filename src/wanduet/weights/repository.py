@@ -106,11 +106,10 @@ def _check_listed_kind(form: Form, info: "ModelInfo") -> None:
 def listed_bytes(form: Form, parts: Collection[str] = PARTS) -> int | None:
     """Return the bytes of a form, from the hub's list of its files; None if the hub does not list it."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         siblings = HfApi().model_info(form.repository, files_metadata=True).siblings or ()
-    except (HfHubHTTPError, OSError):
+    except Exception:  # errors of the HTTP client have no base class common to all versions
         return None
     return sum(s.size or 0 for s in siblings if form.has(s.rfilename, parts)) or None
 

@@ -42,8 +42,8 @@ class FirstRun:
         app = first_run_app(store, ServerSettings(), self.fetch, self.chosen.append)
         self.http = TestClient(app, base_url="http://127.0.0.1:8000", follow_redirects=False)
 
-    def act(self, what: str) -> dict[str, Any]:
-        return self.http.post(f"/page/model/{what}").json()
+    def act(self, what: str, **query: str) -> dict[str, Any]:
+        return self.http.post(f"/page/model/{what}", params=query).json()
 
     def wait(self, **wanted: Any) -> dict[str, Any]:
         """The state once it has these values; a test that never gets there fails by its time limit."""
@@ -81,19 +81,55 @@ def test_until_there_is_a_model_the_api_says_that_there_is_none(first: FirstRun)
 
 def test_a_download_is_stopped_goes_on_where_it_was_and_ends(first: FirstRun, tmp_path: Path) -> None:
     state = first.http.get("/page/model").json()
-    assert (state["bytes"], state["total"], state["running"]) == (0, 28928887859, False)
-    first.act("fetch")
-    assert first.wait(bytes=1000)["running"]
+    assert (state["bytes"], state["running"]) == (0, False)
+    first.act("fetch", form="full")
+    begun = first.wait(bytes=1000)
+    assert (begun["total"], begun["running"]) == (28928887859, True)
     assert "being fetched" in first.http.get("/ready").json()["reason"]
     assert first.act("fetch")["running"]
     assert not first.act("stop")["running"]
-    assert first.http.get("/page/model").json() == {**state, "bytes": 1000}
+    assert first.http.get("/page/model").json() == {**begun, "running": False}
     first.act("fetch")
     first.wait(bytes=2000)
     (tmp_path / "end").touch()
     first.wait(done=True, running=False, error=None)
     assert first.done.wait(60)
     assert not first.act("fetch")["running"], "there is nothing left to fetch"
+
+
+def test_the_smallest_form_is_offered_first_and_the_one_that_was_chosen_is_fetched(
+    store: JobStore, blob: Path, tmp_path: Path
+) -> None:
+    asked = tmp_path / "asked"
+    first = FirstRun(
+        store, f"import pathlib, sys; pathlib.Path({str(asked)!r}).write_text(str(sys.argv[1:])); sys.exit(1)"
+    )
+    state = first.http.get("/page/model").json()
+    sizes = {form["name"]: form["total"] for form in state["forms"]}
+    assert sizes == {"full": 28928887859, "bf16": 17_600_000_000, "comfy": 9_800_000_000}
+    assert (state["form"], state["total"]) == ("comfy", 9_800_000_000)
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(bytes(7))
+    state = first.http.get("/page/model").json()
+    assert (state["form"], state["bytes"]) == ("full", 7), "it has begun"
+    for form, flags in {"bf16": ["--form", "bf16"], "full": []}.items():
+        assert first.act("fetch", form=form)["form"] == form
+        first.wait(running=False, form=form)
+        assert asked.read_text() == str(flags)
+    assert first.act("fetch", form="int4")["error"]["param"] == "form"
+
+
+def test_a_form_that_shares_its_repository_counts_its_own_files_and_a_revision_has_one_form(
+    store: JobStore, blob: Path, tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "hub" / "models--Comfy-Org--Wan_2.1_ComfyUI_repackaged" / "snapshots" / "x" / "split_files"
+    for name in ("vae/wan_2.1_vae.safetensors", "diffusion_models/wan2.1_i2v_480p_14B_fp16.safetensors"):
+        (snapshot / name).parent.mkdir(parents=True)
+        (snapshot / name).write_bytes(bytes(5))
+    state = FirstRun(store, "").http.get("/page/model").json()
+    assert [form["bytes"] for form in state["forms"] if form["name"] == "comfy"] == [5]
+    fixed = Fetch(EngineConfig(model=MODEL, revision="a1"), lambda: None)
+    assert [form["name"] for form in fixed.state()["forms"]] == ["full"]
 
 
 def test_why_a_download_failed_is_shown_and_it_may_be_tried_again(store: JobStore, blob: Path) -> None:

@@ -21,11 +21,13 @@ from wanduet.doors.page import words
 from wanduet.doors.page.actions import PageActions
 from wanduet.doors.page.app import mount_page
 from wanduet.doors.page.forms import Form, Presets, default_form, fields_of
+from wanduet.doors.page.models import model_words
 from wanduet.doors.page.routes import STATIC
 from wanduet.errors import InvalidRequestError
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.jobs.records import JobError, OutputFile, StoredJob
 from wanduet.source_video import SourceVideo
+from wanduet.weights.hub import open_model
 
 
 class Page:
@@ -75,7 +77,9 @@ def test_a_job_in_words() -> None:
     cancelled = replace(JOB, status="failed", error=JobError("cancelled", "The job was cancelled."))
     assert words.title(cancelled) == "Cancelled"
     assert dict(shown["rows"])["Frames"] == "81 at 16 a second"
-    assert [words.duration(s) for s in (0.2, 59, 61, 3700)] == ["1 s", "59 s", "1 min 1 s", "1 h 1 min"]
+    assert [words.duration(s) for s in (0.2, 59, 61, 3700, 10**6)] == [
+        "1 s", "59 s", "1 min 1 s", "1 h 1 min", "12 days",
+    ]  # fmt: skip
 
 
 def test_what_the_plan_says() -> None:
@@ -131,7 +135,7 @@ def test_the_form_of_few_step_weights() -> None:
         ({"num_frames": 80}, "Frames: 80 does not work, 81 or 77 does."),
         ({"size": "830x480"}, "Size: a width of 830 does not work, 816 or 832 does."),
         ({"size": "big"}, "Size: 480p, 720p, 1080p or WIDTHxHEIGHT, for example 832x480."),
-        ({"size": "2560x1440"}, "Size: this server takes at most 2088960 pixels."),
+        ({"size": "2560x1440"}, "Size: 2560 × 1440 is too much for this server, 1920 × 1072 is not."),
         ({"seed": "abc"}, "Seed: a whole number."),
         ({"num_inference_steps": 0}, "Steps: 0 does not work, 1 does."),
         ({"num_videos_per_prompt": 5}, "Videos: 5 does not work, 4 does."),
@@ -282,6 +286,21 @@ def test_what_the_page_is_built_from(page: Page) -> None:
             assert "fields" in page.http.post("/page/fields", json=page.form(**{preset["field"]: value})).json()
     assert "PSNR" in about["speeds"]["fine"]
     assert about["speeds"]["exact"] == ""
+
+
+def test_the_models_that_could_be_served_instead_with_what_they_cost(page: Page) -> None:
+    models = page.http.get("/page/about").json()["models"]
+    assert models["served"] == "832 × 480 · 5.1 s · 50 steps"
+    about = {other["name"]: other["about"] for other in models["others"]}
+    assert "50 steps · 6 times the work · weights of 21.3 GB" in about["Wan-AI/Wan2.1-T2V-14B-Diffusers"]
+    assert "3 steps without guidance · 1/33 of the work" in about["FastVideo/FastWan-QAD-1.3B"]
+    assert "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" not in about, "it is the one that is served"
+    assert not any("NVFP4" in name or "Self-Forcing" in name for name in about), "they do not run here"
+    small = open_model("miniature").spec
+    about = {other["name"]: other["about"] for other in model_words(small, "miniature")["others"]}
+    assert next(iter(about)) == "miniature-fast"
+    assert "1/10 of the work" in about["miniature-fast"]
+    assert "the work" not in about["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"], "another kind of video"
 
 
 def test_notes_on_prompts_beyond_the_miniatures_world(api: Api) -> None:

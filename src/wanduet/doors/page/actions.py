@@ -26,6 +26,7 @@ from wanduet.doors.page.forms import (
     form_of,
     form_rows,
 )
+from wanduet.doors.page.models import model_words
 from wanduet.doors.page.words import card
 from wanduet.errors import InvalidRequestError, WanduetError
 from wanduet.family.speeds import SPEEDS, price_of_speed, with_speed
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from wanduet.runtime.models import Models
 
 _A_FILE = "this file"  # in place of its path, which only the browser knows
+SIZE_HELP = "Width x height in pixels, each a multiple of 16; or 480p, 720p, 1080p."
 BEYOND = (
     "The miniature knows coloured shapes that move on a background of another colour, and a few scenes. This prompt goes "
     "beyond its world."
@@ -63,10 +65,11 @@ class PageActions:
         """Return what the page is built from: the model, the form's fields with their defaults, presets and speeds."""
         limits, start, presets = self.context.settings.limits, self.defaults(), self.presets
         fields = {name: describe(field, start[name], limits) for name, field in FORM_FIELDS.items()}
-        fields[SIZE] |= {"kind": "size", "choices": presets.sizes}
+        fields[SIZE] |= {"kind": "size", "choices": presets.sizes, "help": SIZE_HELP}
         fields["prompt"]["longest"] = limits.prompt
         return {
             "model": self.context.spec.name,
+            "models": model_words(self.context.spec, self._config.model),
             "is_miniature": self._config.model in BUNDLED,
             "signed_in": self.context.require_key,
             "fields": fields,

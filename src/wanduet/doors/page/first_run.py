@@ -21,12 +21,13 @@ from wanduet.doors.http.listen import Announce, Server, listen
 from wanduet.doors.http.server import create_app
 from wanduet.doors.page.fetching import Fetch
 from wanduet.doors.page.routes import add_files, add_login
-from wanduet.errors import WanduetError
+from wanduet.errors import ConfigError, WanduetError
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.library_logs import configure_library_logs
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.store import JobStore
+from wanduet.weights.forms import FormName
 from wanduet.weights.hub import local_model, open_model
 from wanduet.weights.names import MINIATURE
 from wanduet.weights.repository import is_offline
@@ -100,8 +101,12 @@ def _add_routes(router: APIRouter, context: ServerContext, fetch: Fetch, choose:
         return fetch.state() | {"miniature": own}
 
     @router.post("/page/model/fetch", dependencies=[Depends(get_owner)])
-    def start() -> dict[str, Any]:
-        fetch.start()
+    def start(form: FormName | None = None) -> dict[str, Any]:
+        """Begin the download of a form of the model; its own by default."""
+        try:
+            fetch.start(form)
+        except ConfigError as error:
+            raise ApiError(400, "invalid_request", str(error), param="form") from None
         return model()
 
     @router.post("/page/model/stop", dependencies=[Depends(get_owner)])

@@ -182,11 +182,12 @@ def _shapes(width: int, height: int) -> dict[str, str]:
     Unless the model's default size is square, each has about as many pixels as it.
     """
     if width == height:
-        long, short, side = _down(width * 5 / 3), width, width
+        long, short, side = down(width * 5 / 3), width, width
     else:
-        long, short, side = max(width, height), min(width, height), _down(math.sqrt(width * height))
+        long, short, side = max(width, height), min(width, height), down(math.sqrt(width * height))
     return {"Wide": f"{long}x{short}", "Tall": f"{short}x{long}", "Square": f"{side}x{side}"}
 
 
-def _down(pixels: float) -> int:
+def down(pixels: float) -> int:
+    """Return the largest side that a video may have of at most so many pixels."""
     return max(_MULTIPLE, int(pixels) // _MULTIPLE * _MULTIPLE)

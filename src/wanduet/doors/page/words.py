@@ -1,12 +1,13 @@
 """What the page says of jobs, plans and errors, as JSON: fields have their labels, numbers their units."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from wanduet.config import format_bytes
 from wanduet.doors.http.public import public_text
 from wanduet.doors.http.schemas import to_video
-from wanduet.doors.page.forms import FORM_FIELDS, SIZE
+from wanduet.doors.page.forms import FORM_FIELDS, SIZE, down
 from wanduet.errors import InvalidRequestError
 from wanduet.family.speeds import forecast
 from wanduet.jobs.records import CANCELLED, StoredJob
@@ -79,12 +80,15 @@ def refusal(error: Exception, form: Mapping[str, Any]) -> dict[str, Any]:
     if field is not None and field.shown.within not in (None, name):
         given = f"a {name} of {given}"  # the form combines the field with another
     text = f"{label}: {given} does not work, {error.nearest} does."
-    if error.nearest is None or name == SIZE:
+    if error.nearest is None:
         text = f"{label}: {error.allowed}."
-    values = [_typed(value, error.nearest) for value in str(error.nearest).split(" or ")]
-    changes = (
-        [change for value in values if (change := _change(name, value, form))] if error.nearest is not None else []
+    values = (
+        [] if error.nearest is None else [_typed(value, error.nearest) for value in str(error.nearest).split(" or ")]
     )
+    changes = [change for value in values if (change := _change(name, value, form))]
+    if name == SIZE and changes:
+        smaller = f"{changes[0]['width']} × {changes[0]['height']}"
+        text = f"{label}: {str(form[SIZE]).replace('x', ' × ')} is too much for this server, {smaller} is not."
     fixes = [fix(change) for change in changes]
     return {"kind": "bad", "text": public_text(text), "fixes": fixes}
 
@@ -96,8 +100,13 @@ def _typed(text: str, nearest: Any) -> Any:
 def _change(name: str, value: Any, form: Mapping[str, Any]) -> dict[str, Any]:
     """Return what to set so that a request's field has this value; {} if that is not known."""
     sides = dict(zip(("width", "height"), str(form.get(SIZE)).lower().partition("x")[::2], strict=True))
-    if name in sides and all(side.isdecimal() for side in sides.values()):
-        return sides | {name: value}
+    if all(side.isdecimal() for side in sides.values()):
+        if name in sides:
+            return sides | {name: value}
+        if name == SIZE:  # pixels in all
+            width, height = map(int, sides.values())
+            share = math.sqrt(value / (width * height))
+            return {"width": down(width * share), "height": down(height * share)}
     return {name: value} if name in FORM_FIELDS and name != SIZE else {}
 
 
@@ -154,7 +163,10 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{max(1, round(seconds))} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{round(minutes / 60 / 24)} days"
 
 
 def length(frames: Any, fps: Any) -> str:

@@ -28,7 +28,7 @@ const video = id => `/v1/videos/${encodeURIComponent(id)}`;
 
 export const about = () => call('/page/about');
 export const model = () => call('/page/model');
-export const startFetch = () => call('/page/model/fetch', {method: 'POST'});
+export const startFetch = form => call(`/page/model/fetch?form=${encodeURIComponent(form)}`, {method: 'POST'});
 export const stopFetch = () => call('/page/model/stop', {method: 'POST'});
 export const takeMiniature = () => call('/page/model/miniature', {method: 'POST'});
 export const plan = form => call('/page/plan', json(form));

@@ -7,6 +7,7 @@ import {buildForm} from './form.js';
 import {startGallery} from './gallery.js';
 import {startJob} from './job.js';
 import {startLoras} from './loras.js';
+import {showModels} from './models.js';
 import {startNotify} from './notify.js';
 import {startPlan} from './plan.js';
 import {state} from './state.js';
@@ -18,6 +19,7 @@ try {
   $('leave').hidden = !state.about.signed_in;
   buildForm();
   startClip();
+  showModels();
   startLoras();
   startPlan();
   startSubmit();

@@ -6,6 +6,7 @@ import {$, button, duration, el, render} from './dom.js';
 const LOOK_MS = 1000;
 const MEASURED_MS = 20_000; // the speed is that of the last seconds
 let samples = []; // [time in ms, bytes] of a download that runs
+let picked = null; // one of the model's forms
 let leaving = false;
 
 async function look(ask = api.model) {
@@ -20,20 +21,35 @@ async function look(ask = api.model) {
 }
 
 function show(model) {
-  const begun = model.bytes > 0, here = model.total === null ? size(model.bytes) : `${size(model.bytes)} of ${size(model.total)}`;
+  const form = model.forms.find(({name}) => name === (model.running ? model.form : picked ?? model.form));
+  const begun = form.bytes > 0, here = form.total === null ? size(form.bytes) : `${size(form.bytes)} of ${size(form.total)}`;
   leaving = model.done || leaving;
   $('error').textContent = model.error || '';
   $('miniature').hidden = !model.miniature;
   if (model.done) about('Starting …');
   else if (model.running) about(`Fetching ${model.model}. You can close this page meanwhile.`);
   else about(`${model.model} is not on this machine yet.${begun ? ` ${here} are here already.` : ''}`);
-  render($('progress'), JSON.stringify([model.running, model.bytes]), () => (model.running ? progress(model, here) : []));
+  showForms(model, form);
+  render($('progress'), JSON.stringify([model.running, form]), () => (model.running ? progress(form, here) : []));
   const fetching = begun ? 'Resume the download' : `Fetch ${model.name}`;
-  const rest = model.total === null ? '' : ` (${size(model.total - model.bytes)})`;
-  render($('choices'), JSON.stringify([model.running, model.done, model.miniature, begun]), () => (leaving ? [] : [
-    model.running ? button('Stop', () => look(api.stopFetch)) : button(fetching + rest, () => look(api.startFetch), {class: 'primary'}),
+  const rest = form.total === null ? '' : ` (${size(form.total - form.bytes)})`;
+  render($('choices'), JSON.stringify([model.running, model.done, model.miniature, form.name, begun]), () => (leaving ? [] : [
+    model.running ? button('Stop', () => look(api.stopFetch))
+      : button(fetching + rest, () => look(() => api.startFetch(form.name)), {class: 'primary'}),
     model.miniature ? button('Try the miniature', () => { leaving = true; look(api.takeMiniature); }) : null,
   ]));
+}
+
+// Which files to fetch, if there is a choice.
+function showForms(model, chosen) {
+  $('forms').hidden = model.forms.length < 2 || model.running || leaving;
+  render($('forms'), JSON.stringify([model.forms, chosen.name]), () => [
+    el('legend', {}, 'All are the same model. Fewer bits need less disk and change small details of a video.'),
+    ...[...model.forms].sort((one, other) => one.total - other.total).map(({name, about: words, total}) => {
+      const input = el('input', {type: 'radio', name: 'form', value: name, checked: name === chosen.name,
+        onchange: () => { picked = name; show(model); }});
+      return el('label', {}, input, el('b', {}, size(total)), el('span', {}, words));
+    })]);
 }
 
 function progress({bytes, total}, here) {

@@ -30,6 +30,7 @@ export function dropUnknown() {
 
 function show() {
   $('loras').hidden = !files.length && !chosen().length;
+  $('no-loras').hidden = !$('loras').hidden;
   render($('loras'), JSON.stringify([files, chosen().map(({name}) => name)]), () => [
     el('span', {class: 'title', id: 'loras-title'}, 'LoRA'), el('div', {}, ...chosen().map(row), choice())]);
   for (const [index, {strength}] of chosen().entries())

@@ -2,12 +2,13 @@
 
 import * as api from './api.js';
 import {$, button, el, message, playsFor, render} from './dom.js';
-import {setForm} from './form.js';
+import {prompts, setForm} from './form.js';
 import {on, state} from './state.js';
 
 const PAUSE_MS = 120; // of typing, before the server is asked
 const RETRY_MS = 3000;
-let changes = 0, running = false, timer = null;
+const NOTES_MS = 1000; // of rest: half a prompt needs no note, and the form must not move while somebody types
+let changes = 0, running = false, timer = null, notesTimer = null;
 
 export function startPlan() {
   on('form online', ask);
@@ -16,6 +17,7 @@ export function startPlan() {
 
 function ask() {
   changes += 1;
+  clearTimeout(notesTimer);
   $('plan').classList.add('waiting');
   $('plan').setAttribute('aria-busy', 'true');
   if (!$('plan').firstChild) $('plan').append(message('Computing the plan'));
@@ -47,14 +49,20 @@ function show(plan, form) {
   const box = $('plan');
   box.classList.remove('waiting');
   box.removeAttribute('aria-busy');
-  const line = [settingsLine(form), plan.work].filter(Boolean).join(' · ');
+  const line = settingsLine(form), count = prompts().length;
+  if (count > 1 && ['good', 'slow'].includes(plan.kind)) plan.text += ` for each of the ${count} prompts`;
   render(box, JSON.stringify([plan, line]), () => [
     message(plan.text, plan.kind),
     fixes(plan),
     el('p', {class: 'fine'}, line),
+    plan.work ? el('p', {class: 'fine'}, `${plan.work[0].toUpperCase()}${plan.work.slice(1)}`) : null,
     plan.memory?.length ? el('ul', {class: 'memory'}, ...plan.memory.map(row)) : null,
   ]);
-  render($('notes'), JSON.stringify(plan.notes), () => (plan.notes || []).map(text => message(text, 'note')));
+  clearTimeout(notesTimer);
+  const notes = plan.notes || [];
+  const showNotes = () => render($('notes'), JSON.stringify(notes), () => notes.map(text => message(text, 'note')));
+  if (notes.length) notesTimer = setTimeout(showNotes, NOTES_MS);
+  else showNotes();
 }
 
 export function fixes(plan) {
