@@ -13,6 +13,7 @@ install: $(VENV)/.dev
 demo: $(VENV)/.runtime
 	$(BIN)/python run_wan.py "$(PROMPT)" --model miniature
 	$(BIN)/python run_wan.py "$(PROMPT)" --model miniature-fast
+	$(BIN)/python run_wan.py "a red ring moving left on a black background" --model miniature --lora miniature-ring
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(PROCESSES) --no-loadscope-reorder $(PYTEST_FLAGS)

@@ -2,15 +2,18 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from wanduet import miniature
 from wanduet.request_fields import Real
 
+# Names of the LoRAs that come with wanduet, which stand for their files where no operator's folder is set.
+BUNDLED_LORAS: Mapping[str, Path] = {"miniature-ring": Path(miniature.__file__).parent / "lora" / "ring.safetensors"}
 STRONGEST = 10.0  # the largest strength, in magnitude
 MOST_LORAS = 32  # of one request
 SPELLING = "FILE[:STRENGTH[@FROM-TO]], for example style.safetensors:0.8 or style.safetensors:1@0-0.5"
@@ -21,7 +24,7 @@ _SPELLED = re.compile(rf"(?P<name>.+?):(?P<strength>[-+]?{_NUMBER})(?:@(?P<start
 class Lora(BaseModel):
     """One LoRA of a request: base weights + `strength` * update, in the steps of the shares from `start` to `end`.
 
-    `name`: a file's path, or its name in the operator's folder. `sha256`: of the file, set when the request is resolved;
+    `name`: a file's path, or its name in the operator's folder, or one of BUNDLED_LORAS. `sha256`: of the file, set when the request is resolved;
     one that is given must match.
     """
 

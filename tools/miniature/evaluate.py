@@ -15,20 +15,23 @@ import numpy as np
 
 from tools.miniature.detector import ATTRIBUTES, Seen, detect
 from tools.miniature.prompts import Described, describe
-from tools.miniature.world import held_out_combinations
+from tools.miniature.world import held_out_combinations, ring_combinations
 from wanduet.config import EngineConfig
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
+from wanduet.loras import Lora
 from wanduet.media.read import read_frames
 from wanduet.request import GenerationRequest
 
 
-def evaluate(engine: Engine, count: int, seed: int) -> dict[str, Any]:
-    """The fraction of correct attributes over the first `count` held-out combinations."""
+def evaluate(engine: Engine, count: int, seed: int, lora: str | None = None) -> dict[str, Any]:
+    """The fraction of correct attributes over the first `count` held-out combinations; those of rings with `lora`, which
+    learnt them."""
+    combinations = held_out_combinations() if lora is None else ring_combinations()
     right = dict.fromkeys(ATTRIBUTES, 0)
     mistakes = []
     total = 0
-    for want, seen in look(engine, [describe(c) for c in held_out_combinations()[:count].tolist()], seed):
+    for want, seen in look(engine, [describe(c) for c in combinations[:count].tolist()], seed, lora):
         wrong = [name for name in ATTRIBUTES if getattr(seen, name) != getattr(want, name)]
         for name in ATTRIBUTES:
             right[name] += name not in wrong
@@ -45,12 +48,14 @@ def evaluate(engine: Engine, count: int, seed: int) -> dict[str, Any]:
     }
 
 
-def look(engine: Engine, wanted: list[Described], seed: int) -> Iterator[tuple[Described, Seen]]:
+def look(
+    engine: Engine, wanted: list[Described], seed: int, lora: str | None = None
+) -> Iterator[tuple[Described, Seen]]:
     """The detected attributes in each prompt's video; the next job runs meanwhile."""
     with tempfile.TemporaryDirectory() as folder:
         jobs = []
         for index, want in enumerate(wanted):
-            request = GenerationRequest(prompt=want.prompt, seed=seed + index)
+            request = GenerationRequest(prompt=want.prompt, seed=seed + index, loras=(Lora(name=lora),) if lora else None)
             jobs.append((want, engine.submit(request, OutputOptions(Path(folder) / f"{index}.mp4"))))
         for want, job in jobs:
             path = job.result().videos[0].path
@@ -64,11 +69,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=210)
     parser.add_argument("--seed", type=int, default=5000)
     parser.add_argument("--model", default="miniature")
+    parser.add_argument("--lora", default=None, help="miniature-ring, or another that learnt rings")
     parser.add_argument("--devices", default=None)
     parser.add_argument("--out", type=Path, default=None, help="also write the result to this file")
     options = parser.parse_args()
     with Engine(EngineConfig(model=options.model, devices=options.devices)) as engine:
-        text = json.dumps(evaluate(engine, options.count, options.seed), indent=1)
+        text = json.dumps(evaluate(engine, options.count, options.seed, options.lora), indent=1)
     print(text)
     if options.out is not None:
         options.out.write_text(text + "\n")

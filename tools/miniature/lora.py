@@ -7,7 +7,6 @@ never rendered for training, and measures the result. `--install` makes it the b
 
 import argparse
 import json
-import math
 import random
 import shutil
 from collections.abc import Mapping
@@ -29,19 +28,16 @@ from tools.miniature.training import Trainer
 from tools.miniature.velocity import embed_text, run_block, velocity
 from tools.miniature.world import (
     ALL_SHAPES,
-    BASE_BACKGROUNDS,
-    BASE_MOTIONS,
-    COLORS,
-    SHAPES,
+    RING,
     Clips,
     held_out_combinations,
     render,
+    ring_combinations,
     sample_clips,
 )
 from wanduet.kernels.dit.rope import Rope
 from wanduet.models.dit.model import WanTransformer
 
-SHAPE = len(SHAPES)  # index of the new shape in ALL_SHAPES
 NEW_SHARE = 0.5  # of the objects
 WORDINGS = 4
 DROPOUT = 0.1  # share of empty prompts
@@ -76,23 +72,14 @@ class BlockUpdates(nn.Module):
         return {**parameters, **changed}
 
 
-def held_out() -> Tensor:
-    """The `[61, 4]` combinations of the new shape (colour, shape, motion, background) that training never sees."""
-    grid = (len(COLORS), BASE_MOTIONS, BASE_BACKGROUNDS)
-    count = math.prod(grid)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(11))[: count // 4]
-    color, motion, background = torch.unravel_index(order, grid)
-    return torch.stack((color, torch.full_like(order, SHAPE), motion, background), dim=1)
-
-
 def new_clips(count: int, generator: torch.Generator) -> Clips:
     """Random clips for training, half of whose objects have the new shape where that is not held out."""
     clips = sample_clips(count, generator)
     is_new = torch.rand(count, 2, generator=generator) < NEW_SHARE
     behind = clips.background[:, None].expand_as(clips.color)
-    for color, _, motion, background in held_out().tolist():
+    for color, _, motion, background in ring_combinations().tolist():
         is_new &= ~((clips.color == color) & (clips.motion == motion) & (behind == background))
-    return replace(clips, shape=torch.where(is_new, SHAPE, clips.shape))
+    return replace(clips, shape=torch.where(is_new, RING, clips.shape))
 
 
 def train(parts: Parts, minutes: float, batch: int, rank: int, lr: float, num_clips: int) -> list[BlockUpdates]:
@@ -105,7 +92,7 @@ def train(parts: Parts, minutes: float, batch: int, rank: int, lr: float, num_cl
         module.requires_grad_(False)
     latents, tokens = _coded(parts, num_clips)
     empty = torch.tensor([tokenizer_of(parts.folder).encode("").ids], device=device)
-    updates = nn.ModuleList(BlockUpdates(block, rank) for block in transformer.blocks).to(device)
+    updates = [BlockUpdates(block, rank).to(device) for block in transformer.blocks]
     by_block = {id(block.scale_shift_table): one for block, one in zip(transformer.blocks, updates, strict=True)}
     clean = torch.zeros(batch, *latents.shape[1:], device=device)
     ids = torch.zeros(batch, tokens.shape[-1], dtype=torch.long, device=device)
@@ -127,7 +114,7 @@ def train(parts: Parts, minutes: float, batch: int, rank: int, lr: float, num_cl
             text = embed_text(encoder, ids)
         return F.mse_loss(velocity(transformer, noisy, 1000 * sigma, text, rope, run, dtype), noise - clean)
 
-    trainer = Trainer([updates], loss, lr=lr, decay=0.99, seconds=60 * minutes, warmup=20)
+    trainer = Trainer([nn.ModuleList(updates)], loss, lr=lr, decay=0.99, seconds=60 * minutes, warmup=20)
     while trainer.progress < 1:
         chosen = torch.randint(len(latents), (batch,), device=device)
         clean.copy_(latents[chosen])
@@ -139,7 +126,7 @@ def train(parts: Parts, minutes: float, batch: int, rank: int, lr: float, num_cl
             print(f"step {trainer.steps} {trainer.progress:4.0%} loss {trainer.loss_value():.4f}", flush=True)
     trainer.use_averages()
     print(f"{trainer.steps} steps", flush=True)
-    return [one for one in updates if isinstance(one, BlockUpdates)]
+    return updates
 
 
 @torch.no_grad()
@@ -212,7 +199,7 @@ def main() -> None:
     assert parts.transformer is not None
     merge(parts.transformer, updates)
     report = {}
-    for name, combinations in ((ALL_SHAPES[SHAPE], held_out()), ("others", held_out_combinations())):
+    for name, combinations in ((ALL_SHAPES[RING], ring_combinations()), ("others", held_out_combinations())):
         share, wrong = accuracy(parts, [describe(c) for c in combinations[: options.evaluate].tolist()], seed=900)
         report[name] = {"right": share, "wrong": wrong}
     print(json.dumps(report, indent=1), flush=True)

@@ -25,6 +25,7 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle", "star", "heart")
 # The bundled LoRA teaches the miniature one that it does not know.
 ALL_SHAPES = (*SHAPES, "ring")
+RING = len(SHAPES)
 MOTIONS = (
     "moving left", "moving right", "moving up", "moving down", "staying still", "growing", "shrinking",
     "spinning", "bouncing",
@@ -58,6 +59,15 @@ def held_out_combinations() -> Tensor:
     """The `[210, 4]` combinations (colour, shape, motion, background) that training never sees."""
     order = torch.randperm(735, generator=torch.Generator().manual_seed(2025))
     return torch.stack(torch.unravel_index(order[:HELD_OUT], BASE_GRID), dim=1)
+
+
+def ring_combinations() -> Tensor:
+    """The `[61, 4]` combinations of a ring (colour, shape, motion, background) that the LoRA's training never sees."""
+    grid = (len(COLORS), BASE_MOTIONS, BASE_BACKGROUNDS)
+    count = math.prod(grid)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(11))[: count // 4]
+    color, motion, background = torch.unravel_index(order, grid)
+    return torch.stack((color, torch.full_like(order, RING), motion, background), dim=1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from threading import Lock
 from wanduet.errors import InvalidRequestError
 from wanduet.family.distilled import FewStep
 from wanduet.family.spec import ModelSpec
-from wanduet.loras import SPELLING, Lora, loras_at
+from wanduet.loras import BUNDLED_LORAS, SPELLING, Lora, loras_at
 from wanduet.planning.loras import LorasPlan
 from wanduet.planning.plan import Plan
 from wanduet.request import GenerationRequest, ResolvedRequest
@@ -133,8 +133,10 @@ class LoraFiles:
 
     def _path(self, lora: Lora) -> Path:
         """Return the path that a name stands for, the only place that decides it: a file of the operator's folder, if the
-        engine has one, else any path."""
+        engine has one, else a bundled file or any path."""
         if self._folder is None:
+            if lora.name in BUNDLED_LORAS:
+                return BUNDLED_LORAS[lora.name]
             try:
                 return Path(lora.name).expanduser().absolute()
             except RuntimeError as error:  # an unknown `~user`

@@ -239,7 +239,7 @@ def settings(request: ResolvedRequest) -> dict[str, Any]:
 def announce(job: Job, config: EngineConfig) -> None:
     """Print what is about to be made, on stderr."""
     r = job.request
-    if config.model in BUNDLED and not is_in_world(r.prompt):
+    if config.model in BUNDLED and not r.loras and not is_in_world(r.prompt):
         job.warnings.append(
             "The miniature knows coloured shapes that move on a background of another colour, and a few scenes; this prompt "
             "goes beyond its world. Try: a red circle moving left on a black background."

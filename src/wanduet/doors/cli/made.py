@@ -25,6 +25,7 @@ from wanduet.errors import (
 )
 from wanduet.family.registry import RANDOM_NAMES, RANDOM_SPECS
 from wanduet.kernels.attention.backends import BACKENDS
+from wanduet.loras import BUNDLED_LORAS
 from wanduet.media.files import UnreadableFileError
 from wanduet.media.input_video import read_source
 from wanduet.media.latents import load_latents
@@ -146,7 +147,7 @@ def _with_loras(video: Path, request: GenerationRequest, given: Sequence[Path]) 
         if given:
             raise UnreadableFileError(f"{video} was made without LoRA, so --lora has no use.")
         return request
-    found = _by_hash(given, request)
+    found = _by_hash((*given, *BUNDLED_LORAS.values()), request)
     missing = [lora for lora in request.loras if lora.sha256 not in found]
     if missing:
         names = ", ".join(printable(cut(lora.file_name)) for lora in missing)

@@ -1,6 +1,7 @@
 """What the page's routes do: plans, forms of videos, submissions that start from a stored video. None loads the engine."""
 
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
@@ -161,11 +162,13 @@ class PageActions:
 
     def card(self, job: StoredJob) -> dict[str, Any]:
         """Return a job as the page shows it."""
-        return card(job) | {"notes": self.notes(str(job.request.get("prompt", "")))}
+        return card(job) | {"notes": self.notes(job.request)}
 
-    def notes(self, prompt: str) -> list[str]:
-        """Return what a user should know of a prompt before a video is made of it."""
-        return [BEYOND] if self._config.model in BUNDLED and prompt.strip() and not is_in_world(prompt) else []
+    def notes(self, request: Mapping[str, Any]) -> list[str]:
+        """Return what a user should know of a request's prompt before a video is made of it. What LoRA teach is not known."""
+        prompt = str(request.get("prompt") or "")
+        is_known = self._config.model not in BUNDLED or request.get("loras") or is_in_world(prompt)
+        return [BEYOND] if prompt.strip() and not is_known else []
 
     def _price(self, speed: str) -> str:
         price = price_of_speed(speed, self.context.spec, self.context.price)

@@ -127,7 +127,7 @@ def _add_form_routes(router: APIRouter, actions: PageActions) -> None:
     async def plan(request: Request) -> dict[str, Any]:
         """The plan of the form in the body, or why there is none."""
         form = read_form(await read_fields(request))
-        notes = actions.notes(str(form.get("prompt") or ""))
+        notes = actions.notes(form)
         try:
             return plan_words(await run_in_threadpool(actions.plan, form)) | {"notes": notes}
         except (WanduetError, ApiError) as error:
