@@ -86,7 +86,16 @@ def main() -> None:
     chosen = options.rows or list(ROWS)
     os.environ.setdefault("WANDUET_DATA_DIR", tempfile.mkdtemp())
     count = len(options.devices.split(","))
-    report = Report(f"speeds_{options.size}_{count}_{options.vae}")
+    report = Report(
+        "_".join(
+            [
+                "speeds",
+                options.size,
+                *(["bfloat16"] if options.vae == "bfloat16" else []),
+                *([f"{count}_gpus"] if count > 1 else []),
+            ]
+        )
+    )
     with tempfile.TemporaryDirectory() as folder:
         options.made_text = Text(Path(folder) / "text")
         for model in dict.fromkeys(ROWS[row][0] for row in chosen):

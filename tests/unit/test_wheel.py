@@ -35,7 +35,8 @@ def test_the_wheel_has_the_pages_files(files: set[str]) -> None:
 
 
 def test_of_the_miniature_the_wheel_has_weights_and_vocabulary_alone(files: set[str]) -> None:
-    expected = {"__init__.py", "vocabulary.py"}
+    lora = {f"lora/{name}" for name in ("README.md", "ring.safetensors", "training.json")}
+    expected = {"__init__.py", "vocabulary.py"} | lora
     for model in ("model", "fast"):
         hashes = json.loads((PACKAGE / "miniature" / model / "manifest.json").read_text())["sha256"]
         expected |= {f"{model}/{name}" for name in (*hashes, "manifest.json")}

@@ -286,7 +286,10 @@ def _adapt(
         context.check_cancelled()
         context.emit(Progress("load", done, total))
 
-    return merged is not None and merged.merge(files.at_step(request, step), show)
+    has_changed = merged is not None and merged.merge(files.at_step(request, step), show)
+    if has_changed:
+        release_memory()  # of float32 copies, which would count in the job's peak
+    return has_changed
 
 
 def sparse_steps(request: ResolvedRequest, tokens: int, denoiser: LoadedTransformer) -> SparseSteps | None:
