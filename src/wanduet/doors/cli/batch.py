@@ -14,7 +14,7 @@ from wanduet.doors.cli.commands import check_attention, report, say_how_to_go_on
 from wanduet.doors.cli.embeddings import use_embeddings
 from wanduet.doors.cli.outputs import free_output
 from wanduet.doors.cli.places import Place
-from wanduet.doors.cli.progress import Batch, follow
+from wanduet.doors.cli.progress import Batch, follow, stoppable_engine
 from wanduet.doors.cli.resume import Begun, seed_of_interrupted, take_begun, with_seed
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
@@ -44,7 +44,7 @@ def run_batch(
     check_attention(config)
     done: list[dict[str, Any]] = []
     check_writable(options.path / "video.mp4")
-    with ExitStack() as names, Engine(config) as engine:
+    with ExitStack() as names, stoppable_engine(config) as engine:
         predicted = []
         for request in requests:
             plan = engine.plan(request)

@@ -9,9 +9,8 @@ from typing import Any
 
 from wanduet.config import EngineConfig
 from wanduet.doors.cli.commands import check_attention, predicted, settings
-from wanduet.doors.cli.progress import follow
+from wanduet.doors.cli.progress import follow, stoppable_engine
 from wanduet.engine.job import OutputOptions
-from wanduet.engine.pipeline import Engine
 from wanduet.engine.roofline import where_it_went
 from wanduet.errors import CancelledError, InvalidRequestError
 from wanduet.media.provenance import versions
@@ -31,7 +30,7 @@ def run_bench(request: GenerationRequest, config: EngineConfig, runs: int) -> di
     config = replace(config, cache_embeddings=False)  # else only the first run would encode the text
     request = request if request.seed is not None else request.model_copy(update={"seed": 0})
     timings: list[dict[str, float]] = []
-    with tempfile.TemporaryDirectory() as folder, Engine(config) as engine:
+    with tempfile.TemporaryDirectory() as folder, stoppable_engine(config) as engine:
         for number in range(runs + 1):
             print(f"run {number} of {runs}" if number else "warming up", file=sys.stderr)
             job = engine.submit(request, OutputOptions(Path(folder) / "bench.mp4"))

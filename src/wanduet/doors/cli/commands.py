@@ -9,7 +9,7 @@ from wanduet.config import EngineConfig, format_seconds
 from wanduet.doors.cli.embeddings import use_embeddings
 from wanduet.doors.cli.outputs import free_file, free_output, likely_output, take_output
 from wanduet.doors.cli.places import Place
-from wanduet.doors.cli.progress import follow
+from wanduet.doors.cli.progress import follow, stoppable_engine
 from wanduet.doors.cli.resume import seed_of_interrupted, take_begun, with_seed
 from wanduet.engine import tools
 from wanduet.engine.job import Job, JobResult, OutputOptions
@@ -79,7 +79,7 @@ def run_generate(
         resolved = models.resolve(request)
         plan = models.plan(resolved, config, detect())
         return {"output": output.shown(options.path), "settings": settings(resolved), "plan": plan.as_dict()}
-    with Taken() as names, Engine(config) as engine:  # names stay locked until the engine has stopped
+    with Taken() as names, stoppable_engine(config) as engine:  # names stay locked until the engine has stopped
         use_embeddings(ways.embeddings, engine, [request])
         begun = take_begun(request, options, engine) if options.resume and not is_named else None
         if begun is not None and begun.complete:

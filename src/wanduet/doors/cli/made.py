@@ -14,10 +14,9 @@ from wanduet.doors.cli.commands import announce, rounded
 from wanduet.doors.cli.options import EngineFlags
 from wanduet.doors.cli.outputs import free_output, take_output
 from wanduet.doors.cli.places import Place
-from wanduet.doors.cli.progress import follow
+from wanduet.doors.cli.progress import follow, stoppable_engine
 from wanduet.engine import tools
 from wanduet.engine.job import OutputOptions
-from wanduet.engine.pipeline import Engine
 from wanduet.errors import (
     InvalidRequestError,
     ModelNotFoundError,
@@ -98,7 +97,7 @@ def run_verify(video: Path, flags: EngineFlags, max_steps: int, inputs: Inputs |
         raise UnreadableFileError(
             f"{video} is cut off, or was edited: it has {len(expected.frames)} of {request.num_frames} frames."
         )
-    with tempfile.TemporaryDirectory() as folder, Engine(_config_of(video, flags, about)) as engine:
+    with tempfile.TemporaryDirectory() as folder, stoppable_engine(_config_of(video, flags, about)) as engine:
         path = Path(folder) / f"again{video.suffix}"
         try:
             job = engine.submit(request, OutputOptions(path, str(facts["codec"]), quality))

@@ -3,16 +3,17 @@
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
-from wanduet.config import format_seconds
+from wanduet.config import EngineConfig, format_seconds
 from wanduet.engine.job import Job
+from wanduet.engine.pipeline import Engine
 
 POLL_SECONDS = 0.05
 BAR = 24  # columns
@@ -100,6 +101,17 @@ class _Pace(ProgressColumn):
         return Text("" if pace is None else pace.text(int(task.total or 0), time.monotonic()))
 
 
+@contextmanager
+def stoppable_engine(config: EngineConfig) -> Iterator[Engine]:
+    """Yield an engine whose jobs a stop signal cancels at any time, also before `follow` shows them."""
+    with Engine(config) as engine:
+        try:
+            yield engine
+        except KeyboardInterrupt:
+            _say_stopping()
+            raise
+
+
 def follow(job: Job, batch: Batch | None = None) -> bool:
     """Show a job's progress until it ends; on Ctrl-C or another stop signal, cancel it and wait until it ends.
 
@@ -109,12 +121,16 @@ def follow(job: Job, batch: Batch | None = None) -> bool:
         _show(job, batch)
     except KeyboardInterrupt:
         job.cancel()
-        with suppress(OSError, ValueError):
-            print("Stopping (Ctrl-C again to stop at once) ...", file=sys.stderr)
+        _say_stopping()
         while not job.finished:  # its last event may have been read already
             time.sleep(POLL_SECONDS)
         return True
     return False
+
+
+def _say_stopping() -> None:
+    with suppress(OSError, ValueError):
+        print("Stopping (Ctrl-C again to stop at once) ...", file=sys.stderr)
 
 
 def _show(job: Job, batch: Batch | None) -> None:
