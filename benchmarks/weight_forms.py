@@ -41,8 +41,8 @@ from wanduet.weights.safetensors import TensorFiles
 SPEC = replace(WAN_1_3B.transformer, num_layers=2) if TINY else WAN_1_3B.transformer
 TEXT = replace(WAN_1_3B.text_encoder, num_layers=2, vocab_size=700, d_ff=64) if TINY else WAN_1_3B.text_encoder
 SMALL_TEXT = replace(WAN_1_3B.text_encoder, num_layers=2, vocab_size=700, d_ff=64)
-SIZE = (64, 64, 5) if TINY else SIZES["480p"]
-STEPS = 2 if TINY else 6
+SIZE = SIZES["480p"] if ON_GPU else (64, 64, 5)
+STEPS = 6 if ON_GPU else 2
 Q8_BLOCK, Q4_K_BLOCK, Q4_K_VALUES = 34, 144, 256  # bytes, and values
 _NOISE = torch.randn(2**22).mul_(0.02)
 

@@ -55,7 +55,9 @@ def look(
     with tempfile.TemporaryDirectory() as folder:
         jobs = []
         for index, want in enumerate(wanted):
-            request = GenerationRequest(prompt=want.prompt, seed=seed + index, loras=(Lora(name=lora),) if lora else None)
+            request = GenerationRequest(
+                prompt=want.prompt, seed=seed + index, loras=(Lora(name=lora),) if lora else None
+            )
             jobs.append((want, engine.submit(request, OutputOptions(Path(folder) / f"{index}.mp4"))))
         for want, job in jobs:
             path = job.result().videos[0].path
