@@ -142,7 +142,7 @@ class WeightSource(ABC):
         if problems:
             files = {info.file for info in self.tensors.values()}
             alone = next(iter(files)) if len(files) == 1 else None
-            if alone is None or (alone.parent / "config.json").is_file():
+            if alone is None or not alone.name or (alone.parent / "config.json").is_file():  # no name: of a module
                 raise WeightsError(f"The {self.name}'s tensors do not match its config.json; {'; '.join(problems)}.")
             raise WeightsError(
                 f"{alone} is no whole {self.name} of Wan2.1; {'; '.join(problems)}.",

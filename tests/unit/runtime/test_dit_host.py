@@ -22,7 +22,9 @@ from wanduet.runtime.leases import DeviceLeases
 DENOISER = SimpleNamespace(device=torch.device("cpu"))
 
 
-REQUEST: Any = SimpleNamespace(sampler="unipc", flow_shift=3.0, generated_height=480, generated_width=832)
+REQUEST: Any = SimpleNamespace(
+    sampler="unipc", flow_shift=3.0, generated_height=480, generated_width=832, quantize_attention="off"
+)
 PLAN: Any = SimpleNamespace(transformer=None, vae=None, both_resident=False)
 
 

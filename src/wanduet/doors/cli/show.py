@@ -88,7 +88,7 @@ def _show_prices(console: Console, prices: Mapping[str, Any]) -> None:
     forms = {"latents_error": "{:.1%}", "psnr": "{:.1f}", "st_lpips": "{:.3f}", "jod": "{:.2f}"}
     heads = ("", "forwards", "seconds", "latents off", "PSNR, dB", "ST-LPIPS", "JOD")
     table = Table(*(Column(head, no_wrap=True) for head in heads), box=None)
-    rows = [(row.get("speed") or row["name"], row) for kind in KINDS for row in prices[kind]]
+    rows = [(row.get("speed") or row["name"], row) for kind in KINDS for row in prices.get(kind, ())]
     for name, row in (*rows, *prices["controls"].items()):
         if not row or "seconds" not in row:
             continue
