@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python benchmarks/sparse_attention.py [section ...]
 
-Sections: errors speed parts order; and, if named, variants. Time does not depend on the values: they are random, in bf16.
+Sections: errors speed tiles parts order; and, if named, variants. Time does not depend on the values: they are random, in bf16.
 "With lists" includes what chooses the key blocks, for each attention anew. `of_dense`: how many times as fast as the fastest
 dense kernel.
 """
@@ -12,19 +12,21 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from _common import DEVICE, LATENT_SIZES, ON_GPU, TINY, Report, timed
 from torch import Tensor
 
-from wanduet.family.sparsity import block_for
+from wanduet.family.sparsity import TILE_TOKENS, block_for
 from wanduet.kernels.attention import flash4, key_lists
 from wanduet.kernels.attention.backends import sdpa
 from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.attention.sparse import KeyLists, ListedFn, plain_listed
+from wanduet.kernels.attention.trained import TrainedSparse
 from wanduet.kernels.precision import EXACT, PRODUCTS
-from wanduet.models.dit.token_order import token_order
+from wanduet.models.dit.token_order import tile_order, token_order
 
 SHARES = (0.5, 0.2)
 HEADS, HEAD_DIM = (2, 16) if TINY else (12, 128)
@@ -142,6 +144,35 @@ def speed(report: Report) -> None:
                 attempt(report, "sparse", measure, size=size, kernel=name, share=share)
 
 
+def tiles(report: Report) -> None:
+    """VSA: attention to a fifth of its tiles, many of them short, alone and with its coarse part and what chooses tiles."""
+    for size in ("480p", "720p"):
+        q, k, v, call = inputs(size)
+        order = tile_order(call.grid, DEVICE)
+        pooled = [key_lists.pool_blocks(x, TILE_TOKENS, order.blocks.starts) for x in (q, k)]
+        scores = key_lists.block_scores(*pooled)
+        lists = key_lists.highest_blocks(scores, key_lists.kept_blocks(0.2, scores.shape[-1]))
+        tiled = KeyLists(*lists, TILE_TOKENS, TILE_TOKENS, order.blocks, order.blocks)
+        with PRODUCTS.at(EXACT):
+            expected = plain_listed(q[:, :, :1].float(), k[:, :, :1].float(), v[:, :, :1].float(), first_head(tiled))[0]
+        for name, attend in kernels().items():
+
+            def measure(attend: ListedFn = attend) -> dict[str, Any]:
+                out = attend(q, k, v, tiled)[0][:, :, :1].float()
+                vsa = TrainedSparse(attend).vsa
+                return {
+                    "ms": timed(lambda: attend(q, k, v, tiled)) * 1e3,
+                    "whole_ms": timed(lambda: vsa((q, k, v), order.blocks, 0.2, sdpa, call)) * 1e3,
+                    "error": float((out - expected).norm() / expected.norm()),
+                }
+
+            attempt(report, "tiles", measure, size=size, kernel=name, tiles=scores.shape[-1], share=0.2)
+
+
+def first_head(lists: KeyLists) -> KeyLists:
+    return replace(lists, count=lists.count[:, :1].contiguous(), index=lists.index[:, :1].contiguous())
+
+
 def parts(report: Report) -> None:
     """Of what chooses the key blocks."""
     for size in ("480p", "720p"):
@@ -214,7 +245,7 @@ def variants(report: Report) -> None:
     sparse_gpu.tile_for = chosen
 
 
-SECTIONS = {"errors": errors, "speed": speed, "parts": parts, "order": order, "variants": variants}
+SECTIONS = {"errors": errors, "speed": speed, "tiles": tiles, "parts": parts, "order": order, "variants": variants}
 
 
 def main() -> None:

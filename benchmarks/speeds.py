@@ -31,10 +31,12 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "near": (MODEL, {"step_cache": "magcache:0.04"}),  # 58 of 100 forwards
     "fine": (MODEL, {"step_cache": "magcache:0.18"}),  # 40
     "draft": (MODEL, {"step_cache": "magcache:0.24", "guidance_gate": 0.3}),  # 28
+    "draft, fewer": (MODEL, {"step_cache": "magcache:0.3", "guidance_gate": 0.12}),  # 24
     "3 steps": (MODEL, DISTILLED),
     "3 steps sparse": (MODEL, DISTILLED | {"sparse": 0.2}),
     "3 steps VSA": (SPARSE_MODEL, {}),
     "near, 8 bits": (MODEL, {"step_cache": "magcache:0.04", "quantize": "fp8"}),
+    "fine, 8 bits": (MODEL, {"step_cache": "magcache:0.18", "quantize": "fp8"}),
     "fine from a low resolution": (MODEL, {"step_cache": "magcache:0.18", "low_res_first": True, "sampler": "euler"}),
 }
 

@@ -1,8 +1,8 @@
 """Files of every form in the 1.3B model's true shapes, LoRA, and the 14B model: seconds to load, seconds of a step, peaks.
 
-    PYTHONPATH=src python benchmarks/weight_forms.py [section ...]
+    PYTHONPATH=src python benchmarks/weight_forms.py [--files Q4_K.gguf ...] [section ...]
 
-Sections: transformer text lora large (default: all). The files are written first, so they are in the page cache; random
+Sections: transformer text lora large (default: all). `--files`: of the transformer's, those alone. The files are written first, so they are in the page cache; random
 values. `peak_ratio` is predicted / measured. A job of two steps loads, a second of six is counted.
 """
 
@@ -11,8 +11,9 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,15 @@ def official(names: Mapping[str, Any], pairs: Pairs) -> dict[str, str]:
     return renamed(names, [(theirs, ours) for ours, theirs in pairs])
 
 
+def is_matrix(name: str, value: Tensor) -> bool:
+    return value.ndim == 2 and name.endswith(".weight") and min(value.shape) >= 64
+
+
 def scaled_fp8(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """ComfyUI's scaled fp8: matrices in 8 bits with one scale each, the rest in float16."""
     found = {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)}
     for name, value in state.items():
-        if value.ndim == 2 and name.endswith(".weight") and min(value.shape) >= 64:
+        if is_matrix(name, value):
             scale = value.abs().max().float() / 448
             found[name] = (value.float() / scale).to(torch.float8_e4m3fn)
             found[f"{name.removesuffix('.weight')}.scale_weight"] = scale.reshape(1)
@@ -92,13 +97,33 @@ def scaled_fp8(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def plain_fp8(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices cast to 8 bits without a scale, the rest in float16."""
+    return {n: v.to(torch.float8_e4m3fn) if is_matrix(n, v) else v.half() for n, v in state.items()}
+
+
+def rows_in_8_bits(state: Mapping[str, Tensor], dtype: torch.dtype, highest: float) -> dict[str, Tensor]:
+    """LightX2V's form: matrices in 8 bits with a scale for each row, the rest in bfloat16."""
+    found = {}
+    for name, value in state.items():
+        if is_matrix(name, value):
+            scale = value.float().abs().amax(1, keepdim=True) / highest
+            stored = value.float() / scale
+            found[name] = (stored if dtype.is_floating_point else stored.round()).to(dtype)
+            found[f"{name.removesuffix('.weight')}.weight_scale"] = scale
+        else:
+            found[name] = value
+    return found
+
+
 def write_gguf(path: Path, state: Mapping[str, Tensor], kind: str, architecture: str) -> None:
     """Blocks of random numbers with small scales for matrices; the rest in float32."""
     writer = gguf.GGUFWriter(path, architecture)
     draw = np.random.default_rng(0)
     block = draw.integers(0, 255, (4096, Q8_BLOCK if kind == "Q8_0" else Q4_K_BLOCK), dtype=np.uint8)
-    for at in (0,) if kind == "Q8_0" else (0, 2):
-        block[:, at : at + 2] = np.frombuffer(np.float16(2e-4).tobytes(), np.uint8)
+    # Of Q4_K the scale and that of the minima, which random 6-bit factors of up to 63 enlarge.
+    for at, scale in ((0, 2e-4),) if kind == "Q8_0" else ((0, 4e-5), (2, 4e-5)):
+        block[:, at : at + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
     values = 32 if kind == "Q8_0" else Q4_K_VALUES
     for name, value in state.items():
         if value.ndim == 2 and value.shape[1] % values == 0 and min(value.shape) >= 64:
@@ -151,8 +176,8 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != "latents"}
 
 
-def transformer(report: Report, base: Path, folder: Path) -> None:
-    """Each form of the transformer's file, and each form in memory."""
+def transformer(report: Report, base: Path, folder: Path, files: Collection[str] = ()) -> None:
+    """Each form of the transformer's file, and each form in memory; of `files`, if there are any, those alone."""
     source = TensorFiles("transformer", [base / "transformer" / "diffusion_pytorch_model.safetensors"])
     state = dict(source.iterate(list(source.tensors)))
     names = official(state, TRANSFORMER)
@@ -163,15 +188,22 @@ def transformer(report: Report, base: Path, folder: Path) -> None:
         "diffusers-fp32.safetensors": lambda path: save_file({n: v.float() for n, v in state.items()}, path),
         "comfy-fp16.safetensors": lambda path: save_file({n: v.half() for n, v in prefixed.items()}, path),
         "comfy-fp8-scaled.safetensors": lambda path: save_file(scaled_fp8(prefixed), path),
+        "comfy-fp8.safetensors": lambda path: save_file(plain_fp8(prefixed), path),
+        "lightx2v-int8.safetensors": lambda path: save_file(rows_in_8_bits(theirs, torch.int8, 127), path),
+        "lightx2v-fp8.safetensors": lambda path: save_file(rows_in_8_bits(theirs, torch.float8_e4m3fn, 448), path),
+        "original.pth": lambda path: torch.save(theirs, path),
         "Q8_0.gguf": lambda path: write_gguf(path, theirs, "Q8_0", "wan"),
         "Q4_K.gguf": lambda path: write_gguf(path, theirs, "Q4_K", "wan"),
     }
     memory = {
         "diffusers-bf16.safetensors": ("bf16", "q8", "fp8"),
         "comfy-fp8-scaled.safetensors": ("auto", "fp8"),
+        "lightx2v-int8.safetensors": ("auto", "q8"),
         "Q8_0.gguf": ("auto", "q8"),
     }
     for name, write in writers.items():
+        if files and name not in files:
+            continue
         path = folder / name
         write(path)
         for weights in memory.get(name, ("auto",)):
@@ -315,13 +347,15 @@ SECTIONS = {"transformer": transformer, "text": text, "lora": lora, "large": lar
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", default=[], choices=(*SECTIONS, []))
+    parser.add_argument("--files", nargs="+", default=[], metavar="NAME")
     options = parser.parse_args()
-    report = Report("weight_forms")
+    report = Report("weight_forms" + ("_some" if options.files else ""))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "base").mkdir()
         base = write_base(folder / "base")
-        chosen = {name: lambda r, run=run: run(r, base, folder) for name, run in SECTIONS.items()}
+        sections = SECTIONS | {"transformer": partial(transformer, files=options.files)}
+        chosen = {name: lambda r, run=run: run(r, base, folder) for name, run in sections.items()}
         report.run(chosen, options.sections or list(SECTIONS))
     report.print()
 

@@ -43,12 +43,12 @@ def test_kernels_of_sparse_attention_fit(capabilities: list[int], every: bool, t
     assert [row for row in rows if not row["fits"] or row["stack"] > MOST_STACK] == []
 
 
-def compile_for(capability: int, lists: bool, tiles: bool) -> list[Any]:
-    """Return the rows of what compiles: attention, with `lists` what chooses key blocks, with `tiles` attention to blocks of
+def compile_for(capability: int, lists: bool, tiled: bool) -> list[Any]:
+    """Return the rows of what compiles: attention, with `lists` what chooses key blocks, with `tiled` attention to blocks of
     different sizes."""
     devices.on_device_of = lambda x: nullcontext()
     from wanduet.kernels.attention import key_lists_gpu, sparse_gpu
-    from wanduet.kernels.attention.sparse import KeyLists
+    from wanduet.kernels.attention.sparse import Blocks, KeyLists
 
     def ints(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device="meta")
@@ -61,8 +61,9 @@ def compile_for(capability: int, lists: bool, tiles: bool) -> list[Any]:
     with torch.no_grad(), Recorder(capability, "bfloat16") as recorder:
         q, k, v = torch.empty(3, 1, 32760, 12, 128, dtype=torch.bfloat16, device="meta")
         sparse_gpu.attend_listed(q, k, v, KeyLists(ints(1, 12, 256), ints(1, 12, 256, 128)))
-        if tiles:
-            cut = KeyLists(ints(1, 12, 624), ints(1, 12, 624, 125), 64, 64, ints(625), ints(625))
+        if tiled:
+            tiles = Blocks(ints(625), 169)
+            cut = KeyLists(ints(1, 12, 624), ints(1, 12, 624, 125), 64, 64, tiles, tiles)
             sparse_gpu.attend_listed(q, k, v, cut)
         if lists:
             moments = key_lists_gpu.block_moments(q, 128, (1.0, 1.0, True))

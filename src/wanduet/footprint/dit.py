@@ -13,6 +13,7 @@ from wanduet.family.spec import TransformerSpec
 from wanduet.footprint.fake_group import FakePeerMemory, TracedSharding
 from wanduet.kernels.attention.backends import AttentionFn
 from wanduet.kernels.attention.call import AttentionCall
+from wanduet.kernels.attention.sparse import Blocks
 from wanduet.kernels.attention.trained import QKV, TrainedSparse
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Norm, QKNorm
 from wanduet.kernels.dit.quantized import TORCH_QUANTIZED, Quantize, QuantizedKernels
@@ -147,11 +148,11 @@ class _TracedSparse(TrainedSparse):
     """Allocates what every kernel of listed attention does; `kernels.attention.trained.trained_bytes` counts the rest."""
 
     def vsa(
-        self, qkv: QKV, starts: Tensor, share: float, dense: AttentionFn, call: AttentionCall
+        self, qkv: QKV, tiles: Blocks, share: float, dense: AttentionFn, call: AttentionCall
     ) -> tuple[Tensor, Tensor]:
         """Return both parts, not initialised."""
         batch, _, heads, head_dim = qkv[0].shape
-        return dense(*qkv, call), torch.empty(batch, heads, len(starts) - 1, head_dim, device="meta")
+        return dense(*qkv, call), torch.empty(batch, heads, len(tiles.starts) - 1, head_dim, device="meta")
 
     def sla(
         self, qkv: QKV, projection: tuple[Tensor, Tensor], share: float, dense: AttentionFn, call: AttentionCall

@@ -12,7 +12,7 @@ from wanduet.kernels.attention import key_lists, sparse_steps
 from wanduet.kernels.attention.backends import available_backends, plain_with_lse
 from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.attention.choose import Shape, choose_attention, measure
-from wanduet.kernels.attention.sparse import plain_listed
+from wanduet.kernels.attention.sparse import Blocks, KeyLists, plain_listed
 from wanduet.kernels.device import shared_memory
 from wanduet.kernels.dit.weight import Weight
 from wanduet.kernels.measurements import read_all
@@ -109,6 +109,28 @@ def test_sparse_attention_is_right_and_reads_the_keys_that_the_cpu_would(
     expected, expected_lse = plain_listed(q.float(), k.float(), v.float(), lists)
     assert (out.float() - expected).norm() < 1e-2 * expected.norm()
     torch.testing.assert_close(lse, expected_lse, rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_tiled", [False, True])
+@pytest.mark.filterwarnings("ignore")  # compilers' own
+def test_listed_keys_may_have_the_largest_score_in_any_block(is_tiled: bool) -> None:
+    """As below, for lists of blocks of one size, and of tiles of which the first are short."""
+    found = sparse_steps.choose_listed(DEVICE, torch.bfloat16, 128, None if is_tiled else 64)
+    starts = torch.tensor([0, 5, 37, *range(67, 2051, 64)], dtype=torch.int32, device=DEVICE)
+    tokens, tiles = int(starts[-1]), Blocks(starts, 3)
+    blocks = len(starts) - 1 if is_tiled else -(-tokens // 64)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, tokens, 3, 128, device=DEVICE, dtype=torch.bfloat16)
+    k[:, :700] -= 9
+    q[:, ::2] += torch.linspace(0, 9, len(q[0, ::2]), device=DEVICE, dtype=torch.bfloat16)[:, None, None]
+    kept = key_lists.highest_blocks(torch.randn(1, 3, blocks, blocks, device=DEVICE), blocks // 3)
+    lists = KeyLists(*kept, 64, 64, *((tiles, tiles) if is_tiled else ()))
+    out, lse = found.attend(q, k, v, lists)
+    expected, expected_lse = plain_listed(q.float(), k.float(), v.float(), lists)
+    assert out.isfinite().all()
+    assert (out.float() - expected).norm() / expected.norm() < 5e-3
+    assert (lse - expected_lse).abs().max() < 2e-3 * expected_lse.abs().max()
 
 
 @pytest.mark.parametrize("keys", [2048, 2049, 330])

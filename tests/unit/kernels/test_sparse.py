@@ -1,6 +1,7 @@
 """Sparse attention: the plain form against the masked definition, Triton's in its interpreter against the plain form."""
 
-from itertools import pairwise
+from dataclasses import replace
+from itertools import accumulate, pairwise
 from types import ModuleType
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from wanduet.errors import ConfigError
 from wanduet.kernels.attention import key_lists, sparse
 from wanduet.kernels.attention.backends import plain_with_lse
-from wanduet.kernels.attention.sparse import KeyLists, plain_listed
+from wanduet.kernels.attention.sparse import Blocks, KeyLists, plain_listed
 from wanduet.kernels.attention.sparse_steps import ListedBackend, choose_listed
 
 
@@ -29,7 +30,13 @@ def random_lists(
     is_listed = torch.arange(columns) < count[..., None]
     index = torch.where(is_listed, index, columns).sort(dim=-1).values
     index = torch.where(is_listed, index, 10**6).contiguous()
-    return KeyLists(count, index, *sizes, *(() if uniform else (query_starts, key_starts)))
+    if uniform:
+        return KeyLists(count, index, *sizes)
+    return KeyLists(count, index, *sizes, blocks_of(query_starts, sizes[0]), blocks_of(key_starts, sizes[1]))
+
+
+def blocks_of(starts: Tensor, size: int) -> Blocks:
+    return Blocks(starts, sum(accumulate((starts.diff().flip(0) < size).int().tolist(), max)))
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, lists: KeyLists, query_starts: Tensor, key_starts: Tensor):
@@ -54,7 +61,8 @@ SHAPES = {
     "uniform, ragged ends": ([32, 32, 7], [32, 32, 32, 5], (32, 32), True),
     "a tile is a part of a block": ([160, 40], [96, 96, 33], (160, 96), True),
     "one block": ([9], [11], (16, 16), True),
-    "tiles of a video, cut at its sides": ([24, 12, 24, 6], [8, 24, 1, 12], (24, 24), False),
+    "tiles of a video, cut at its sides": ([24, 12, 24, 6], [8, 1, 12, 24], (24, 24), False),
+    "whole tiles behind short ones": ([32, 5], [7, 20, 32, 32, 32], (32, 32), False),
 }
 
 
@@ -91,6 +99,28 @@ def key_lists_gpu(interpreted) -> ModuleType:
 def test_triton_kernel_is_the_masked_definition(case, sparse_gpu) -> None:
     inputs, expected = case
     torch.testing.assert_close(sparse_gpu.attend_listed(*inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_rows_without_a_finite_sum_alone_are_computed_again(case, sparse_gpu) -> None:
+    inputs, (expected, expected_lse) = case
+    out, lse = torch.full_like(expected, 7), torch.full_like(expected_lse, 7)
+    again = torch.zeros_like(lse, dtype=torch.bool)
+    again[0, 1, ::5], again[1, 0, -1] = True, True
+    lse[again] = torch.inf
+    lse[1, 0, -1] = torch.nan
+    sparse_gpu.redo_listed(*inputs, out, lse)
+    rows = again.transpose(1, 2)
+    torch.testing.assert_close(out[rows], expected[rows], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse[again], expected_lse[again], rtol=1e-5, atol=1e-5)
+    assert (out[~rows] == 7).all()
+    assert (lse[~again] == 7).all()
+
+
+def test_entries_of_short_blocks_are_counted() -> None:
+    lists = KeyLists(ints(2, 0, 3).view(1, 1, 3), ints(0, 3, 0, 1, 1, 1, 0, 1, 2).view(1, 1, 3, 3))
+    blocks = Blocks(ints(0, 3, 6, 14, 22), 2)
+    assert replace(lists, key_blocks=blocks).short_count().flatten().tolist() == [1, 0, 2]
 
 
 def test_triton_kernel_in_half_precision(sparse_gpu) -> None:

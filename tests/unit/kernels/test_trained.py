@@ -41,9 +41,9 @@ def assert_is(out: Tensor, expected: Tensor) -> None:
 def test_vsa_is_its_formula_with_tiles_of_true_token_counts(listed: ListedFn) -> None:
     q, k, v, gate = random(*[(1, 60, 2, 24)] * 4)
     order = tile_order(GRID)
-    assert order.starts.tolist() == [0, 32, 48, 56, 60]
+    assert order.blocks.starts.tolist() == [0, 32, 48, 56, 60]
     qkv = q[:, order.tokens], k[:, order.tokens], v[:, order.tokens]
-    fine, coarse = TrainedSparse(listed).vsa(qkv, order.starts, 0.3, sdpa, CALL)
+    fine, coarse = TrainedSparse(listed).vsa(qkv, order.blocks, 0.3, sdpa, CALL)
     out = fine + coarse.transpose(1, 2)[:, order.tiles] * gate[:, order.tokens]
     assert_is(out[:, order.positions], reference_vsa(*heads_first(q, k, v, gate), GRID, 0.3))
 
@@ -71,8 +71,8 @@ def test_a_kernel_is_checked_with_blocks_as_it_gets_them() -> None:
         with pytest.raises(ConfigError, match="wrong result"):
             choose_listed(torch.device("cpu"), torch.float32, 24, block, backends)
     vsa, sla = seen
-    assert len(set(vsa.key_starts.diff().tolist())) > 1
-    assert (sla.query_size, sla.key_size, sla.key_starts) == (128, 64, None)
+    assert len(set(vsa.key_blocks.starts.diff().tolist())) > 1
+    assert (sla.query_size, sla.key_size, sla.key_blocks) == (128, 64, None)
     choose_listed.cache_clear()
     for block in (None, (128, 64)):
         assert choose_listed(torch.device("cpu"), torch.float32, 24, block, backends) is backends[0]

@@ -47,27 +47,32 @@ def attend_steady(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall | None = 
 
 
 def attend_listed(q: Tensor, k: Tensor, v: Tensor, lists: KeyLists) -> tuple[Tensor, Tensor]:
-    """Call the library's kernel with lists of key blocks, as `sparse.sparse_attention_with_lse` does.
+    """Call the kernel of `attend_steady` with lists of key blocks, as `sparse.sparse_attention_with_lse` does; the library's own
+    where Triton is not installed.
 
     For Hopper only, where a block of keys is the kernel's tile. It masks the end of the keys in the last entry of a list
     only. (On 8.x, the library ignores lists.)
     Raises ValueError for blocks that it cannot read.
     """
-    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute import interface
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-    starts = (lists.query_starts, lists.key_starts)
     sizes_fit = lists.query_size % QUERIES == 0 and lists.key_size % KEYS == 0 and lists.key_size <= MOST_KEYS
-    if any(x is not None for x in starts) or not sizes_fit:
+    if lists.query_blocks is not None or lists.key_blocks is not None or not sizes_fit:
         raise ValueError(f"blocks of {lists.query_size} queries and {lists.key_size} keys are not supported")
-    none = torch.zeros_like(
-        lists.count
-    )  # the kernel also reads lists of blocks that no query masks: here they are empty
+    # The kernel also reads lists of blocks that no query masks: here they are empty.
+    none = torch.zeros_like(lists.count)
     blocks = BlockSparseTensorsTorch(
         lists.count, lists.index, none, lists.index, block_size=(lists.query_size, lists.key_size)
     )
+    is_steady = importlib.util.find_spec("triton") is not None
     with torch.cuda.device(q.device):
-        out, lse = flash_attn_func(q, k, v, block_sparse_tensors=blocks, return_lse=True)
+        called = _steady_interface() if is_steady else interface
+        out, lse, *_ = called._flash_attn_fwd(q, k, v, block_sparse_tensors=blocks, return_lse=True)
+        if is_steady:
+            from wanduet.kernels.attention.sparse_gpu import redo_listed
+
+            redo_listed(q, k, v, lists, out, lse)
     return out, lse
 
 

@@ -20,6 +20,18 @@ BLOCK = 128
 PLAIN_BYTES = 64 * 2**20
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """Blocks of different sizes: block i is from token `starts[i]` to `starts[i + 1]`, at least one token and at most the size.
+
+    `starts` `[blocks + 1]`: int32, from 0 to the number of tokens. `num_short`: so many of the first blocks may be shorter
+    than the size, all others are whole.
+    """
+
+    starts: Tensor
+    num_short: int
+
+
 @dataclass(frozen=True, slots=True)
 class KeyLists:
     """The key blocks that each block of queries reads.
@@ -29,17 +41,24 @@ class KeyLists:
     the last key block, which may be shorter, at the end). Other entries are ignored. A count of 0 gives zeros.
 
     Blocks are consecutive tokens, of queries from the first query, and of keys from the first key: `query_size` and
-    `key_size` tokens each, and the rest in the last one. With `query_starts` `[M + 1]` or `key_starts` (int32, from 0
-    to the number of tokens), blocks have different sizes: block i is from token `starts[i]` to `starts[i + 1]`, at least
-    one token and at most the size.
+    `key_size` tokens each, and the rest in the last one. With `query_blocks` or `key_blocks`, blocks have different sizes.
     """
 
     count: Tensor
     index: Tensor
     query_size: int = BLOCK
     key_size: int = BLOCK
-    query_starts: Tensor | None = None
-    key_starts: Tensor | None = None
+    query_blocks: Blocks | None = None
+    key_blocks: Blocks | None = None
+
+    def short_count(self) -> Tensor:
+        """How many entries of each list name a block that may be short, `[B, H, M]` int32: its first entries; of blocks of one
+        size any tensor, as no kernel reads it."""
+        if self.key_blocks is None:
+            return self.count
+        is_short = self.index < self.key_blocks.num_short
+        is_entry = torch.arange(self.index.shape[3], device=self.index.device) < self.count[..., None]
+        return (is_short & is_entry).sum(dim=-1, dtype=torch.int32)
 
 
 ListedFn: TypeAlias = Callable[[Tensor, Tensor, Tensor, KeyLists], tuple[Tensor, Tensor]]
@@ -68,11 +87,11 @@ def runs_triton(x: Tensor) -> bool:
 
 
 def block_tokens(
-    length: int, size: int, starts: Tensor | None, device: torch.device | str
+    length: int, size: int, blocks: Blocks | None, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the tokens of each block, `[blocks, size]`, and whether they exist; those that do not are repeated."""
-    if starts is None:
-        starts = torch.arange(0, length + size, size, device=device).clamp(max=length)
+    uniform = torch.arange(0, length + size, size, device=device).clamp(max=length)
+    starts = uniform if blocks is None else blocks.starts
     token = starts[:-1, None].long() + torch.arange(size, device=device)
     last = starts[1:, None].long()
     return torch.minimum(token, last - 1), token < last
@@ -80,8 +99,8 @@ def block_tokens(
 
 def plain_listed(q: Tensor, k: Tensor, v: Tensor, lists: KeyLists) -> tuple[Tensor, Tensor]:
     """See `sparse_attention_with_lse`. By the definition, in float32, some blocks of queries at a time."""
-    query_at, is_query = block_tokens(q.shape[1], lists.query_size, lists.query_starts, q.device)
-    key_at, is_key = block_tokens(k.shape[1], lists.key_size, lists.key_starts, k.device)
+    query_at, is_query = block_tokens(q.shape[1], lists.query_size, lists.query_blocks, q.device)
+    key_at, is_key = block_tokens(k.shape[1], lists.key_size, lists.key_blocks, k.device)
     q_BHMTD = q.transpose(1, 2)[:, :, query_at].float() * q.shape[-1] ** -0.5
     k_BHNTD, v_BHNTD = (x.transpose(1, 2)[:, :, key_at].float() for x in (k, v))
     batch, heads, entries = q.shape[0], q.shape[2], lists.index.shape[3]

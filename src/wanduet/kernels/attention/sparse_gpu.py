@@ -27,26 +27,30 @@ class ListTile:
     stages: int = 3
 
 
-def tile_for(itemsize: int) -> ListTile:
-    """Return the tile for values of `itemsize` bytes.
+def tile_for(itemsize: int, query_size: int) -> ListTile:
+    """Return the tile for values of `itemsize` bytes and blocks of `query_size` queries.
 
     With heads of 128 channels, the default takes 96 KiB of shared memory and keeps its values in registers, as compiled
     for 8.0 to 12.0 (tests/compiled).
     """
-    return ListTile(64, 32, 4, 2) if itemsize == 4 else ListTile()
+    if itemsize == 4:
+        return ListTile(64, 32, 4, 2)
+    return ListTile() if query_size > 64 else ListTile(queries=64, warps=4)
 
 
 @triton.jit(do_not_specialize=["length", "num_keys", "entries"])  # type: ignore[untyped-decorator]
 def _listed_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, count_ptr, index_ptr, query_starts_ptr, key_starts_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, count_ptr, short_ptr, index_ptr, query_starts_ptr, key_starts_ptr,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row, out_head,
     length, num_keys, entries, scale, LOG2_E: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, QUERY_SIZE: tl.constexpr, KEY_SIZE: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, QUERY_STARTS: tl.constexpr, KEY_STARTS: tl.constexpr,
+    ONLY_LEFT: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of queries of one head. Programs of a head's tiles are neighbours: they share keys in the cache.
 
-    Only the last entry of a list is read with a mask: keys are ascending, so no other block can be shorter.
+    Blocks that may be shorter are read with a mask: the last entry of a list, since keys are ascending; with KEY_STARTS, the
+    first entries, as many as `short_ptr` says. ONLY_LEFT: compute the queries whose log-sum-exp is infinite or NaN.
     """
     TILES: tl.constexpr = (QUERY_SIZE + QUERIES - 1) // QUERIES
     PARTS: tl.constexpr = (KEY_SIZE + KEYS - 1) // KEYS
@@ -59,7 +63,13 @@ def _listed_kernel(
         stop = tl.minimum(start + QUERY_SIZE, length)
     row = start + tl.program_id(0) % TILES * QUERIES + tl.arange(0, QUERIES)
     channel = tl.arange(0, BLOCK)[None, :]
-    is_read = (row < stop)[:, None] & (channel < D)
+    is_row = row < stop
+    lse_ptr += (batch * tl.num_programs(1) + head) * length
+    if ONLY_LEFT:
+        is_row &= (tl.abs(tl.load(lse_ptr + row, is_row, 0.0)) < float("inf")) == 0
+        if tl.max(is_row.to(tl.int32), 0) == 0:
+            return
+    is_read = is_row[:, None] & (channel < D)
     at = row.to(tl.int64)[:, None]
     q = tl.load(q_ptr + batch * q_batch + head * q_head + at * q_row + channel, is_read, 0.0)
     k_ptr += batch * k_batch + head * k_head
@@ -70,11 +80,17 @@ def _listed_kernel(
     highest = tl.full((QUERIES,), -float("inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     out = tl.zeros((QUERIES, BLOCK), tl.float32)
-    whole = 0
-    if not KEY_STARTS and KEY_SIZE % KEYS == 0:
-        whole = tl.maximum(count - 1, 0) * PARTS
-        for part in range(whole):
-            first = tl.load(index_ptr + part // PARTS) * KEY_SIZE + part % PARTS * KEYS
+    start_masked, stop_masked = 0, count * PARTS
+    if KEY_SIZE % KEYS == 0:
+        if KEY_STARTS:
+            stop_masked = tl.load(short_ptr + which) * PARTS
+            start_whole, stop_whole = stop_masked, count * PARTS
+        else:
+            start_masked = tl.maximum(count - 1, 0) * PARTS
+            start_whole, stop_whole = 0, start_masked
+        for part in range(start_whole, stop_whole):
+            key_block = tl.load(index_ptr + part // PARTS)
+            first = (tl.load(key_starts_ptr + key_block) if KEY_STARTS else key_block * KEY_SIZE) + part % PARTS * KEYS
             key_at = (first + tl.arange(0, KEYS)).to(tl.int64)[:, None]
             if D == BLOCK:
                 k = tl.load(k_ptr + key_at * k_row + channel)
@@ -84,7 +100,7 @@ def _listed_kernel(
                 v = tl.load(v_ptr + key_at * v_row + channel, channel < D, 0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             highest, total, out = weigh(scores, v, highest, total, out)
-    for part in range(whole, count * PARTS):
+    for part in range(start_masked, stop_masked):
         key_block = tl.load(index_ptr + part // PARTS)
         if KEY_STARTS:
             first, last = tl.load(key_starts_ptr + key_block), tl.load(key_starts_ptr + key_block + 1)
@@ -103,33 +119,44 @@ def _listed_kernel(
     total = tl.where(count == 0, 1.0, total)
     out_at = out_ptr + batch * out_batch + head * out_head + at * out_row + channel
     tl.store(out_at, (out / total[:, None]).to(out_ptr.dtype.element_ty), is_read)
-    lse_ptr += (batch * tl.num_programs(1) + head) * length
-    tl.store(lse_ptr + row, (highest + tl.log2(total)) / LOG2_E, row < stop)
+    tl.store(lse_ptr + row, (highest + tl.log2(total)) / LOG2_E, is_row)
 
 
 def attend_listed(q: Tensor, k: Tensor, v: Tensor, lists) -> tuple[Tensor, Tensor]:
     """See `sparse.sparse_attention_with_lse`; `lists` are `sparse.KeyLists`. Raises ValueError for a layout that it cannot read."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    _launch(q, k, v, lists, (out, lse), only_left=False)
+    return out, lse
+
+
+def redo_listed(q: Tensor, k: Tensor, v: Tensor, lists, out: Tensor, lse: Tensor) -> None:
+    """Recompute in place the rows of `attend_listed`'s result whose log-sum-exp `[B, H, L]`, contiguous float32, is infinite or
+    NaN."""
+    _launch(q, k, v, lists, (out, lse), only_left=True)
+
+
+def _launch(q: Tensor, k: Tensor, v: Tensor, lists, result: tuple[Tensor, Tensor], *, only_left: bool) -> None:
+    out, lse = result
     batch, length, heads, head_dim = q.shape
-    if any(x.stride(-1) != 1 for x in (q, k, v)) or not (lists.index.is_contiguous() and lists.count.is_contiguous()):
+    if any(x.stride(-1) != 1 for x in (q, k, v, out)) or not all(
+        x.is_contiguous() for x in (lists.index, lists.count, lse)
+    ):
         raise ValueError("Sparse attention needs a head's channels, and the entries of a list, side by side in memory.")
-    tile = tile_for(q.itemsize)
+    tile = tile_for(q.itemsize, lists.query_size)
     queries, keys = (
         max(16, min(most, triton.next_power_of_2(size)))
         for most, size in ((tile.queries, lists.query_size), (tile.keys, lists.key_size))
     )
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((batch, heads, length), dtype=torch.float32)
     programs = lists.index.shape[2] * triton.cdiv(lists.query_size, queries)
     with on_device_of(q):
         _listed_kernel[(programs, heads, batch)](
-            q, k, v, out, lse, lists.count, lists.index,
-            lists.count if lists.query_starts is None else lists.query_starts,
-            lists.count if lists.key_starts is None else lists.key_starts,
+            q, k, v, out, lse, lists.count, lists.short_count(), lists.index,
+            *(lists.count if blocks is None else blocks.starts for blocks in (lists.query_blocks, lists.key_blocks)),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             length, k.shape[1], lists.index.shape[3], LOG2_E * head_dim**-0.5, LOG2_E,
             D=head_dim, BLOCK=max(16, triton.next_power_of_2(head_dim)),
             QUERY_SIZE=lists.query_size, KEY_SIZE=lists.key_size, QUERIES=queries, KEYS=keys,
-            QUERY_STARTS=lists.query_starts is not None, KEY_STARTS=lists.key_starts is not None,
+            QUERY_STARTS=lists.query_blocks is not None, KEY_STARTS=lists.key_blocks is not None, ONLY_LEFT=only_left,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
-    return out, lse

@@ -15,7 +15,7 @@ from wanduet.kernels.attention.backends import AttentionFn, available_backends
 from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.attention.choose import EXACT_TOLERANCE, Shape
 from wanduet.kernels.attention.key_lists import highest_blocks, pooled_lists
-from wanduet.kernels.attention.sparse import PLAIN_BYTES, KeyLists, ListedFn, plain_listed
+from wanduet.kernels.attention.sparse import PLAIN_BYTES, Blocks, KeyLists, ListedFn, plain_listed
 from wanduet.kernels.precision import EXACT, PRODUCTS
 from wanduet.kernels.verdicts import IN_A_JOB, guard, plain_operations, reason_of
 
@@ -150,22 +150,23 @@ def listed_backends(device: torch.device, dtype: torch.dtype, queries: int | Non
 def _problem(
     attend: ListedFn, kind: tuple[torch.device, torch.dtype, int], sizes: tuple[int, int], is_cut: bool
 ) -> str:  # fmt: skip
-    """Return what is wrong with a kernel for blocks of so many queries and keys; empty if it works. Both ends of the sequence
-    are shorter than a block; with `is_cut`, so is a block before.
+    """Return what is wrong with a kernel for blocks of so many queries and keys; empty if it works. The last block is shorter;
+    with `is_cut`, the first two are instead.
 
     `kind`: device, dtype and channels of a head.
     """
     device, dtype, head_dim = kind
     generator = torch.Generator(device).manual_seed(0)
-    tokens = 3 * max(sizes) + 7
+    tokens = 3 * max(sizes) + (15 if is_cut else 7)
     shape = (3, 1, tokens, CHECKED_HEADS, head_dim)
     q, k, v = torch.randn(shape, device=device, dtype=dtype, generator=generator)
-    rows, columns, starts = -(-tokens // sizes[0]), -(-tokens // sizes[1]), None
+    rows, columns, blocks = -(-tokens // sizes[0]), -(-tokens // sizes[1]), None
     if is_cut:
-        starts = torch.tensor([0, 8, *range(8 + sizes[0], tokens, sizes[0]), tokens], dtype=torch.int32, device=device)
+        starts = torch.tensor([0, 7, *range(15, tokens + 1, sizes[0])], dtype=torch.int32, device=device)
+        blocks = Blocks(starts, 2)
         rows = columns = len(starts) - 1
     scores = torch.randn((1, CHECKED_HEADS, rows, columns), device=device, generator=generator)
-    lists = KeyLists(*highest_blocks(scores, 2), *sizes, starts, starts)
+    lists = KeyLists(*highest_blocks(scores, 2), *sizes, blocks, blocks)
     with PRODUCTS.at(EXACT):
         expected, expected_lse = plain_listed(q.float(), k.float(), v.float(), lists)
     out, lse = attend(q, k, v, lists)

@@ -18,7 +18,7 @@ from wanduet.kernels.attention.backends import AttentionFn
 from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.attention.choose import Shape
 from wanduet.kernels.attention.key_lists import block_scores, highest_blocks, pool_blocks
-from wanduet.kernels.attention.sparse import PLAIN_BYTES, KeyLists, ListedFn, sparse_attention_with_lse
+from wanduet.kernels.attention.sparse import PLAIN_BYTES, Blocks, KeyLists, ListedFn, sparse_attention_with_lse
 
 LINEAR_TOKENS = 4096  # that the linear part computes at a time
 QKV: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -36,21 +36,20 @@ class TrainedSparse:
     share: float | None = None
 
     def vsa(
-        self, qkv: QKV, starts: Tensor, share: float, dense: AttentionFn, call: AttentionCall
+        self, qkv: QKV, tiles: Blocks, share: float, dense: AttentionFn, call: AttentionCall
     ) -> tuple[Tensor, Tensor]:
         """Return VSA's fine part `[B, L, H, D]`, and its coarse part `[B, H, M, D]` float32, which is the same for all
         tokens of a tile. The output is `coarse * gate + fine`.
 
-        `qkv`: of all tokens, each `[B, L, H, D]`; a tile is the tokens from one of `starts` `[M + 1]` to the next.
+        `qkv`: of all tokens, each `[B, L, H, D]`; `tiles`: of the sequence, M of them.
         """
-        q_BHMD, k_BHMD, v_BHMD = (pool_blocks(x, TILE_TOKENS, starts).contiguous() for x in qkv)
+        q_BHMD, k_BHMD, v_BHMD = (pool_blocks(x, TILE_TOKENS, tiles.starts).contiguous() for x in qkv)
         scores_BHMN = block_scores(q_BHMD, k_BHMD)
-        tiles = scores_BHMN.shape[3]
-        kept = kept_blocks(self.share or share, tiles)
-        if kept == tiles:
+        kept = kept_blocks(self.share or share, scores_BHMN.shape[3])
+        if kept == scores_BHMN.shape[3]:
             fine = dense(*qkv, call)
         else:
-            lists = KeyLists(*highest_blocks(scores_BHMN, kept), TILE_TOKENS, TILE_TOKENS, starts, starts)
+            lists = KeyLists(*highest_blocks(scores_BHMN, kept), TILE_TOKENS, TILE_TOKENS, tiles, tiles)
             fine = self.listed(*qkv, lists)[0]
         return fine, (scores_BHMN * qkv[0].shape[3] ** -0.5).softmax(dim=-1) @ v_BHMD
 

@@ -6,14 +6,15 @@ wherever it begins: nothing is padded, no block is cut short but the last one, a
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from wanduet.family.sparsity import TILE
+from wanduet.family.sparsity import TILE, TILE_TOKENS
+from wanduet.kernels.attention.sparse import Blocks
 
 CPU = torch.device("cpu")
 # Cells are tried that have up to MOST times more or less area than a side of an ideal block, and are at most MOST times as
@@ -35,13 +36,13 @@ class TokenOrder:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TileOrder(TokenOrder):
-    """VSA's order of a sequence: tile by tile, and in each by frame, row and column. Tiles at the ends may be smaller.
+    """VSA's order of a sequence: tile by tile, and in each by frame, row and column. First come the smaller tiles, which are at
+    the ends of the axes.
 
-    `starts` `[tiles + 1]` int32: the position of each tile's first token, and the length. `tiles` `[L]` int64: the tile of
-    the token at each position.
+    `blocks`: the tiles as blocks of the sequence. `tiles` `[L]` int64: the tile of the token at each position.
     """
 
-    starts: Tensor
+    blocks: Blocks
     tiles: Tensor
 
 
@@ -50,7 +51,8 @@ def tile_order(grid: tuple[int, int, int], device: torch.device = CPU) -> TileOr
     """Return the order for frames, rows and columns of tokens, in tiles of `TILE`. Source: FastVideo's VSA."""
     if device != CPU:
         order = tile_order(grid)
-        return TileOrder(*(x.to(device) for x in (order.tokens, order.positions, order.starts, order.tiles)))
+        blocks = replace(order.blocks, starts=order.blocks.starts.to(device))
+        return TileOrder(order.tokens.to(device), order.positions.to(device), blocks, order.tiles.to(device))
     token = torch.arange(math.prod(grid)).view(grid)
     parts = [
         part.flatten()
@@ -58,9 +60,11 @@ def tile_order(grid: tuple[int, int, int], device: torch.device = CPU) -> TileOr
         for rows in frames.split(TILE[1], 1)
         for part in rows.split(TILE[2], 2)
     ]
+    parts.sort(key=lambda part: len(part) == TILE_TOKENS)
     tokens, sizes = torch.cat(parts), torch.tensor([len(part) for part in parts])
     starts = torch.cat((sizes.new_zeros(1), sizes.cumsum(0))).int()
-    return TileOrder(tokens, tokens.argsort(), starts, torch.arange(len(parts)).repeat_interleave(sizes))
+    blocks = Blocks(starts, int((sizes < TILE_TOKENS).sum()))
+    return TileOrder(tokens, tokens.argsort(), blocks, torch.arange(len(parts)).repeat_interleave(sizes))
 
 
 @lru_cache(maxsize=4)

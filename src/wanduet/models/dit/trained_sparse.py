@@ -44,8 +44,8 @@ class VSAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         """Return the fine part `[B, L, H, D]` of all tokens, in the order of tiles, with some heads."""
-        starts = tile_order(call.grid, q.device).starts
-        fine, coarse_BHMD = self.sparse.vsa((q, k, v), starts, self.spec.key_share, self.dense, call)
+        tiles = tile_order(call.grid, q.device).blocks
+        fine, coarse_BHMD = self.sparse.vsa((q, k, v), tiles, self.spec.key_share, self.dense, call)
         self.coarse.append(coarse_BHMD)
         return fine
 
