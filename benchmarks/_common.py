@@ -107,6 +107,12 @@ def _timed_once(fn: Callable[[], object]) -> float:
     return before.elapsed_time(after) / 1e3
 
 
+def timed_in_a_row(fn: Callable[[], object], calls: int = 10, runs: int = 5) -> float:
+    """Median seconds of a call among `calls` without a pause, as in a model: launching the next one takes no time of its own."""
+    fn()
+    return timed(lambda: [fn() for _ in range(calls)], runs) / calls
+
+
 def clear_memory() -> None:
     """Drop what is not used any more, cuBLAS's workspaces too, and start a new count of the peak."""
     gc.collect()

@@ -16,7 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from _common import DEVICE, LATENT_SIZES, ON_GPU, TINY, Report, timed
+from _common import DEVICE, LATENT_SIZES, ON_GPU, TINY, Report
+from _common import timed_in_a_row as timed
 from torch import Tensor
 
 from wanduet.family.sparsity import TILE_TOKENS, block_for

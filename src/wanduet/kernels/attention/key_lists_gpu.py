@@ -14,8 +14,8 @@ from torch import Tensor
 
 from wanduet.kernels.device import on_device_of
 
-TOKENS = 64  # that a program of `pool_blocks` adds up at a time
-SIDE, DEPTH = 64, 32  # of a tile of `block_scores`, and its channels at a time
+TOKENS = 32  # that a program of `pool_blocks` adds up at a time
+SIDE, DEPTH = 32, 32  # of a tile of `block_scores`, and its channels at a time
 
 
 @triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
