@@ -99,7 +99,7 @@ def test_links_and_pictures_are_there(name: str) -> None:
 
 
 def test_the_map_of_the_code_names_what_exists() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    text = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("architecture.md", "where.md"))
     paths = {path for path in re.findall(r"`([\w./-]+)`", text) if "/" in path or path.endswith(".py")}
     assert len(paths) > 40
     assert [path for path in sorted(paths) if not any((top / path).exists() for top in (PACKAGE, ROOT))] == []
