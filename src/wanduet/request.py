@@ -226,7 +226,7 @@ class GenerationRequest(BaseModel):
         size = (resolved.generated_height, resolved.generated_width, resolved.num_frames)
         try:
             if setting is not None:
-                check_steps(setting, resolved.num_denoising_steps, resolved.sampler)
+                check_steps(setting, resolved.num_denoising_steps, resolved.sampler, spec)
             check_guidance(values, spec)
             check_low_res(values, spec)
             check_quantize_attention(values, spec)
@@ -249,12 +249,12 @@ class GenerationRequest(BaseModel):
     ) -> "ResolvedRequest":
         """Resolve with the fastest set of fields that is known to keep the budget and that this run may have."""
         for name in ("speed", *OFF_VALUES):
-            if getattr(self, name) != type(self).model_fields[name].default:
+            is_given = name in CHOSEN and name in self.model_fields_set  # off, too: the budget would switch it on
+            if is_given or getattr(self, name) != type(self).model_fields[name].default:
                 is_set = name in ("speed", *CHOSEN, QUANTIZE_ATTENTION)
                 why = "loss_budget sets it" if is_set else "what it loses beside a speed is not known"
                 raise InvalidRequestError(name, getattr(self, name), f"{why}; leave one of the two out")
         unset = self.model_copy(update={"loss_budget": None})
-        unset = type(self).model_construct(self.model_fields_set - CHOSEN, **dict(unset))
         for fields in ({"speed": EXACT},) if has_effect(self.loras) else within(budget, spec, prices):
             with suppress(InvalidRequestError):
                 resolved = unset.model_copy(update=fields).resolve(spec, source, prices)

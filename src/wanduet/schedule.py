@@ -79,17 +79,20 @@ def resolved_schedule(fields: Mapping[str, Any], defaults: GenerationDefaults) -
 
 
 def few_step_warnings(fields: Mapping[str, Any], defaults: GenerationDefaults) -> list[str]:
-    """Return a warning for each setting of a resolved request that few-step weights were not distilled for; none for
-    other weights. `defaults`: of the model."""
+    """Return a warning for each setting of a resolved request that few-step weights or LoRA were not distilled for; none
+    for others. `defaults`: of the model with its LoRA. Guidance with few-step weights is refused (`family.guidance`)."""
     if not defaults.timesteps:
         return []
     found = []
     if fields["guidance_scale"] > 1.0 >= defaults.guidance_scale:
         found.append(
-            "These weights are distilled to run without guidance. With it a step takes twice as long, and the video is "
-            f"blurred. Leave --guidance-scale out, or set it to {defaults.guidance_scale:g}."
+            f"A LoRA is distilled to run without guidance. With guidance_scale={fields['guidance_scale']:g} a step takes twice "
+            "as long, and at full strength the video is blurred."
         )
-    if (fields["sampler"], fields["timesteps"]) != (defaults.sampler, defaults.timesteps):
+    if defaults.of_distilled_weights and (fields["sampler"], fields["timesteps"]) != (
+        defaults.sampler,
+        defaults.timesteps,
+    ):
         found.append(
             f"These weights are distilled for the sampler {defaults.sampler} at the timesteps {joined(defaults.timesteps)}. "
             "With another schedule the video may be blurred or noisy."

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from wanduet.errors import InvalidRequestError
+from wanduet.family.distilled import FEW_STEP_LORAS
+from wanduet.family.registry import with_few_step_lora
 from wanduet.family.spec import ModelSpec
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.request import GenerationRequest, ResolvedRequest
@@ -99,7 +101,7 @@ def test_records_have_either_timesteps_or_a_shift() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"num_inference_steps": 3}, {"sampler": "renoise"}, {"guidance_scale": 3.0}, {"timesteps": LIST}]
+    "fields", [{}, {"num_inference_steps": 3}, {"sampler": "renoise"}, {"guidance_scale": 1.0}, {"timesteps": LIST}]
 )
 def test_few_step_weights_have_their_own_timesteps(fields: dict[str, Any]) -> None:
     request = resolved(FEW_STEP, **fields)
@@ -124,8 +126,16 @@ def test_another_schedule_replaces_them_with_a_warning(fields: dict[str, Any], s
     assert "sampler renoise at the timesteps 1000,757,522" in warning
 
 
-def test_guidance_is_warned_of_with_few_step_weights_only() -> None:
-    (warning,) = few_step_warnings(resolved(FEW_STEP, guidance_scale=5.0).model_dump(), FEW_STEP.defaults)
+def test_guidance_is_refused_with_few_step_weights_and_warned_of_with_a_few_step_lora() -> None:
+    with pytest.raises(InvalidRequestError, match="distilled to run without guidance: leave it out") as refused:
+        resolved(FEW_STEP, guidance_scale=5.0)
+    assert (refused.value.field, refused.value.nearest) == ("guidance_scale", 1)
+    lora = with_few_step_lora(WAN_1_3B, FEW_STEP_LORAS["lightx2v"])
+    assert resolved(lora).guidance_scale == 1
+    (warning,) = few_step_warnings(resolved(lora, guidance_scale=5.0).model_dump(), lora.defaults)
     assert "without guidance" in warning
+    with pytest.raises(InvalidRequestError, match="without guidance"):
+        resolved(with_few_step_lora(FEW_STEP, FEW_STEP_LORAS["lightx2v"]), guidance_scale=5.0)
+    assert few_step_warnings(resolved(lora, num_inference_steps=20).model_dump(), lora.defaults) == []
     assert few_step_warnings(resolved(FEW_STEP).model_dump(), FEW_STEP.defaults) == []
     assert few_step_warnings(resolved(sampler="renoise").model_dump(), WAN_1_3B.defaults) == []

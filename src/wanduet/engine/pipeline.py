@@ -145,7 +145,9 @@ class Engine:
         VideoSpec(resolved.height, resolved.width, resolved.fps, output.codec, output.quality)
         job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step, watch, on_predict, leave_decode)
         job.warnings += self.models.transformer.loras.warnings(resolved)
-        job.warnings += few_step_warnings(resolved.model_dump(), self.models.spec.defaults)
+        job.warnings += few_step_warnings(
+            resolved.model_dump(), self.models.transformer.loras.spec_for(resolved).defaults
+        )
         with self._guard:
             self._check_open()
             self._check_free(job)

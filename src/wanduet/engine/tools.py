@@ -262,6 +262,7 @@ def _prices(folder: Path) -> list[dict[str, Any]]:
         {
             "model": f"{prices.about.get('name')} on {prices.about.get('card')}",
             "settings": prices.about.get("request"),
+            "measured_with": prices.job,
             "costs": {_in_words(settings): in_words(price) for settings, price in prices.costs()},
         }
         for prices in all_prices(folder)

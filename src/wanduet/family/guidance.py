@@ -68,15 +68,19 @@ def zero_steps(mode: GuidanceMode, num_steps: int) -> int:
 def check_guidance(fields: Mapping[str, Any], spec: ModelSpec) -> None:
     """Raise InvalidRequestError if fields of a resolved request change a guidance that it does not have, or contradict
     each other."""
+    scale, defaults = fields["guidance_scale"], spec.defaults
+    if defaults.of_distilled_weights and scale > 1 >= defaults.guidance_scale:
+        allowed = f"at most 1 with {spec.name}, whose weights are distilled to run without guidance: leave it out"
+        raise InvalidRequestError("guidance_scale", scale, allowed, 1)
     exact: Mapping[str, Any] = {"guidance_gate": 1, "guidance_interval": ALL_STEPS, "guidance_mode": CFG}
     for name, off in exact.items():
-        if fields[name] != off and fields["guidance_scale"] <= 1:
+        if fields[name] != off and scale <= 1:
             raise InvalidRequestError(name, fields[name], f"{off} without guidance (scale 1)", off)
     gate, mode = fields["guidance_gate"], fields["guidance_mode"]
     if fields["guidance_interval"] != ALL_STEPS and gate < 1:
         allowed = f"1 with guidance_interval={fields['guidance_interval']}, which also says where guidance ends"
         raise InvalidRequestError("guidance_gate", gate, allowed, 1)
-    if mode != CFG and spec.defaults.timesteps:
+    if mode != CFG and defaults.timesteps:
         raise InvalidRequestError(
             "guidance_mode", mode, f"{CFG} with few-step weights, which are distilled to run without guidance", CFG
         )

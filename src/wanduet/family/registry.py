@@ -17,6 +17,11 @@ def with_few_steps(spec: ModelSpec, row: FewStep) -> ModelSpec:
     )
 
 
+def with_few_step_lora(spec: ModelSpec, row: FewStep) -> ModelSpec:
+    """Return the spec of a model with a few-step LoRA, whose sampling is the default."""
+    return replace(spec, defaults=replace(spec.defaults, **row.defaults(), of_lora=not spec.defaults.timesteps))
+
+
 MEMBERS = wan21.MEMBERS
 DEFAULT_MODEL = MEMBERS[0].hub_id
 RANDOM_SPECS = {member.random_name: member.spec for member in MEMBERS}

@@ -145,6 +145,12 @@ class GenerationDefaults:
     negative_prompt: str
     sampler: str
     timesteps: tuple[float, ...]  # those that few-step weights are distilled for; () for other weights
+    of_lora: bool = False  # a few-step LoRA brings them: its strength and its steps are the request's own
+
+    @property
+    def of_distilled_weights(self) -> bool:
+        """Whether the weights themselves are distilled for few steps, whatever LoRA is added."""
+        return bool(self.timesteps) and not self.of_lora
 
     def with_config(self, config: Mapping[str, Any]) -> Self:
         """Return these defaults with the entries of `generation_defaults.json`.

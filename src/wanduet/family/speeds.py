@@ -159,5 +159,5 @@ def forecast(plan: Mapping[str, Any]) -> str:
         source = price.get("source", "measured on this machine")
         parts.append(f"{kind} PSNR {price['psnr'][kind]:.1f} dB ({source})")
     elif plan.get("speed") not in (None, EXACT):
-        parts.append("what it loses here is not known")
+        parts.append("which skips nothing here" if forwards is None else "what it loses here is not known")
     return ", ".join(parts)

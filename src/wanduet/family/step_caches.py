@@ -4,13 +4,12 @@ A step cache skips the transformer in some of a denoise's steps (`accelerate.ste
 decided by one of three rules; MagCache and TeaCache need constants of the model, EasyCache does not.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
 from wanduet.errors import InvalidRequestError
-from wanduet.family.spec import TransformerSpec
+from wanduet.family.spec import ModelSpec, TransformerSpec
 
 OFF = "off"
 # The fewest steps of a run with each rule. EasyCache computes the first 10 and the last; below 8 steps, each step is too
@@ -99,11 +98,9 @@ class StepCacheSetting:
         if name != "easycache" and table is None:
             allowed = f"easycache for this model: {name} needs constants that are known for Wan2.1 1.3B and 14B only"
             raise InvalidRequestError("step_cache", text, allowed, "easycache")
-        if separator:
-            return cls(name, _threshold(text, name, number))
         teacache = MAGCACHE_THRESHOLD if table is None else table.threshold
-        defaults = {"easycache": EASYCACHE_THRESHOLD, "magcache": MAGCACHE_THRESHOLD, "teacache": teacache}
-        return cls(name, defaults[name])
+        usual = {"easycache": EASYCACHE_THRESHOLD, "magcache": MAGCACHE_THRESHOLD, "teacache": teacache}[name]
+        return cls(name, _threshold(text, cls(name, usual), number) if separator else usual)
 
     def __str__(self) -> str:
         """The form that `parse` reads, with the threshold."""
@@ -115,8 +112,12 @@ def table_of(spec: TransformerSpec) -> StepCacheTable | None:
     return TABLES.get((spec.num_layers, spec.dim))
 
 
-def check_steps(setting: StepCacheSetting, steps: int, sampler: str) -> None:
-    """Raise InvalidRequestError if a run has too few steps for a step cache, or steps that it cannot skip."""
+def check_steps(setting: StepCacheSetting, steps: int, sampler: str, spec: ModelSpec) -> None:
+    """Raise InvalidRequestError if a run has too few steps for a step cache, or steps that it cannot skip, and for weights
+    that are distilled for few steps, however many are run."""
+    if spec.defaults.of_distilled_weights and sampler != "renoise" and steps >= FEWEST_STEPS[setting.name]:
+        allowed = f"{OFF} with {spec.name}, whose weights are distilled for {len(spec.defaults.timesteps)} steps"
+        raise InvalidRequestError("step_cache", str(setting), allowed, OFF)
     if sampler == "renoise":
         allowed = f"{OFF} with the sampler renoise, whose steps each begin from new noise"
         raise InvalidRequestError("step_cache", str(setting), allowed, OFF)
@@ -126,11 +127,12 @@ def check_steps(setting: StepCacheSetting, steps: int, sampler: str) -> None:
         raise InvalidRequestError("step_cache", str(setting), allowed, OFF)
 
 
-def _threshold(text: str, name: str, number: str) -> float:
+def _threshold(text: str, usual: StepCacheSetting, number: str) -> float:
     try:
         threshold = float(number)
     except ValueError:
-        raise InvalidRequestError("step_cache", text, ALLOWED, name) from None
-    if not (math.isfinite(threshold) and 0 < threshold <= 1):
-        raise InvalidRequestError("step_cache", text, "a threshold above 0 and at most 1", f"{name}:1.0")
+        raise InvalidRequestError("step_cache", text, ALLOWED, usual.name) from None
+    if not 0 < threshold <= 1:  # NaN, too
+        nearest = StepCacheSetting(usual.name, 1.0) if threshold > 1 else usual
+        raise InvalidRequestError("step_cache", text, "a threshold above 0 and at most 1", str(nearest))
     return threshold

@@ -24,7 +24,7 @@ from wanduet.request import EXACT_VALUES, OFF_VALUES, GenerationRequest, Resolve
 FILE = "prices.json"
 _PACKAGES = ("wanduet", "torch")
 # The worst of several prompts. PSNR in dB (100: equal), SSIM at most 1, JOD at most 10; the others are 0 if equal.
-MEASURES: Mapping[str, Callable[[Sequence[float]], float]] = {
+MEASURES: Mapping[str, Callable[[Sequence[Any]], Any]] = {
     "latents_error": max,
     "psnr": min,
     "ssim": min,
@@ -89,6 +89,17 @@ class Prices:
         """
         return summarise(list(self.rows.get(settings_key(settings), {}).values()))
 
+    @property
+    def job(self) -> str:
+        """The size, steps and guidance of the exact job, in words; "" if they are not stored."""
+        request: Any = self.about.get("request")
+        try:
+            return "{width}x{height}, {num_frames} frames, {num_inference_steps} steps, guidance {guidance_scale:g}".format(
+                **request
+            )
+        except (TypeError, KeyError, ValueError):
+            return ""
+
     def costs(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Return all sets of approximations, fewer steps and controls that were measured, each with its price."""
         priced = [(json.loads(key), self.of(json.loads(key))) for key in self.rows]
@@ -146,14 +157,17 @@ def store_prices(folder: Path, subject: Subject, prices: Prices) -> None:
         raise
 
 
-def worst_of(folder: Path, model: str, settings: Mapping[str, Any], measure: str) -> float | None:
+def worst_of(folder: Path, model: str, settings: Mapping[str, Any], measure: str) -> tuple[float, str] | None:
     """Return the worst value of a measure, over all sizes and steps that were measured of a model here with the installed
-    versions and without LoRA; None if there is none. For a choice among approximations before size and steps are known.
+    versions and without LoRA, and the settings of the job that has it, in words; None if there is none. For a choice among
+    approximations before size and steps are known.
 
     `model`: the hash of the weights, or the name of random ones. `measure`: of MEASURES.
     """
-    found = [prices.of(settings) for prices in all_prices(folder) if _is_of(prices.about, model)]
-    values = [price[measure]["worst"] for price in found if price is not None and price[measure] is not None]
+    found = [(prices.of(settings), prices.job) for prices in all_prices(folder) if _is_of(prices.about, model)]
+    values = [
+        (price[measure]["worst"], job) for price, job in found if price is not None and price[measure] is not None
+    ]
     return MEASURES[measure](values) if values else None
 
 

@@ -51,6 +51,9 @@ VIDEO_RATE = 50e6
 # How many times as fast 8-bit products are, with quantizing their operands, in fp8 with exact sums and in int8. Measured on
 # an H200 (benchmarks/results/products_8bit.json).
 QUANTIZED_SPEED = 1.15
+# How many times as fast self-attention in 8 bits is as exact attention, by compute capability, where both were measured:
+# beside flash-attn-4 at 32,760 tokens on an H200 (benchmarks/results/attention_8bit.json).
+ATTENTION_SPEED = {(9, 0): {"int8": 423.0 / 690.1, "int8-fast": 520.5 / 690.1}}
 MOVING_RATE = 20e9  # bytes a second over PCIe 4 x16, from page-locked memory
 # The text encoder on the CPU: TFLOP/s of one core, and bytes a second at which its weights are read, from the file
 # (page cache or disk) or from memory. From benchmarks/results/text_encoder.json: 0.088 s a token and 8.4 s a pass on 2
@@ -150,8 +153,12 @@ def predict_seconds(
 ) -> Seconds:
     """Predict the seconds of a whole job; `ranks` equal devices share the denoise and the decode, one encodes."""
     per_second = rate(transformer) * 1e12
+    saved = 0.0  # share of the time
     if request.quantize != "off" and not transformer.is_cpu:
-        per_second /= 1 - _quantized_share(request, spec) * (1 - 1 / QUANTIZED_SPEED)
+        saved += _quantized_share(request, spec) * (1 - 1 / QUANTIZED_SPEED)
+    if (times := attention_speed(request, transformer)) is not None:
+        saved += _attention_share(request, spec) * (1 - 1 / times)
+    per_second /= 1 - saved
     denoise, step = denoise_flop(request, spec), step_flop(request, spec, request.uses_guidance)
     encode = video_encode_seconds(request, spec, vae) if request.uses_input else 0.0
     decode = decode_seconds(request, spec, vae, vae_dtype) / ranks
@@ -164,6 +171,22 @@ def _quantized_share(request: ResolvedRequest, spec: ModelSpec) -> float:
     t, tokens = spec.transformer, spec.num_tokens(*size)
     cross = t.num_layers * 2 * tokens * t.dim * 2 * t.dim
     return (product_flop(t, tokens) - cross) / forward_flop(t, tokens, spec.text_len)
+
+
+def attention_speed(request: ResolvedRequest, transformer: DeviceInfo) -> float | None:
+    """Return how many times as fast a request's attention in 8 bits is as exact attention on a device; None if the request has
+    none, or it was not measured on such a device."""
+    return (
+        None if transformer.is_cpu else ATTENTION_SPEED.get(transformer.capability, {}).get(request.quantize_attention)
+    )
+
+
+def _attention_share(request: ResolvedRequest, spec: ModelSpec) -> float:
+    """Return the share of a forward's operations that self-attention has, without what sparse attention leaves out."""
+    size = (request.generated_height, request.generated_width, request.num_frames)
+    t, tokens = spec.transformer, spec.num_tokens(*size)
+    left_out = sparse_flop(request, spec)
+    return (attention_flop(t, tokens, 0) - left_out) / (forward_flop(t, tokens, spec.text_len) - left_out)
 
 
 def step_seconds(request: ResolvedRequest, seconds: Seconds) -> float:

@@ -252,7 +252,7 @@ class Explanation:
                 found.append(Choice(name, getattr(request, name), f"{self._by(name)}: {count}; {steps}"))
         if (sparse := sparse_choice(request, self.spec, self._by("sparse"))) is not None:
             found.append(sparse)
-        if (coded := attention_choice(request, REQUESTED)) is not None:
+        if (coded := attention_choice(request, REQUESTED, self._transformer)) is not None:
             found.append(coded)
         if (low := LowRes.of(request, self.spec)) is not None:
             found.append(Choice("low_res_first", True, f"{REQUESTED}: {low}; the video differs from the exact one"))

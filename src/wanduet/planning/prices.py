@@ -17,10 +17,12 @@ def loss_of(folder: Path, model_hash: str | None, settings: Mapping[str, Any]) -
     """
     if model_hash is None:
         return None
-    psnr = worst_of(folder, model_hash, settings, "psnr")
-    if psnr is None:
+    found = worst_of(folder, model_hash, settings, "psnr")
+    if found is None:
         return None
-    return Price(psnr, "worst", "measured on this machine", share_of_time(folder, model_hash, settings))
+    psnr, job = found
+    where = f" at {job}" if job else ""
+    return Price(psnr, "worst", f"measured on this machine{where}", share_of_time(folder, model_hash, settings))
 
 
 def has_fast_8_bit_attention(config: EngineConfig, hardware: Hardware) -> bool:

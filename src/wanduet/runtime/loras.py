@@ -3,12 +3,12 @@
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
 from wanduet.errors import InvalidRequestError
 from wanduet.family.distilled import FewStep
+from wanduet.family.registry import with_few_step_lora
 from wanduet.family.spec import ModelSpec
 from wanduet.loras import BUNDLED_LORAS, SPELLING, Lora, loras_at
 from wanduet.planning.loras import LorasPlan
@@ -48,7 +48,7 @@ class LoraFiles:
         does."""
         spec = self._checkpoint.spec
         few_step = self._few_step(request.loras or ())
-        return spec if few_step is None else replace(spec, defaults=replace(spec.defaults, **few_step.defaults()))
+        return spec if few_step is None else with_few_step_lora(spec, few_step)
 
     def _few_step(self, loras: Sequence[Lora]) -> FewStep | None:
         pairs = zip(loras, self.read(loras), strict=True)

@@ -32,6 +32,7 @@ SMALL = replace(WAN_1_3B, name="small", transformer=replace(WAN_1_3B.transformer
 FEW_STEPS = replace(
     WAN_1_3B, defaults=replace(WAN_1_3B.defaults, guidance_scale=1.0, sampler="renoise", timesteps=(1000.0, 500.0))
 )
+OF_LORA = replace(FEW_STEPS, defaults=replace(FEW_STEPS.defaults, of_lora=True))
 
 
 def request(spec: ModelSpec = WAN_1_3B, **fields: Any) -> ResolvedRequest:
@@ -294,8 +295,9 @@ def test_a_default_threshold_is_the_model_s() -> None:
         ({"step_cache": "blur"}, WAN_1_3B, "one of off", None),
         ({"step_cache": "off:1"}, WAN_1_3B, "one of off", "off"),
         ({"step_cache": "magcache:much"}, WAN_1_3B, "a threshold may follow", "magcache"),
-        ({"step_cache": "magcache:0"}, WAN_1_3B, "above 0 and at most 1", None),
-        ({"step_cache": "magcache:nan"}, WAN_1_3B, "above 0 and at most 1", None),
+        ({"step_cache": "magcache:0"}, WAN_1_3B, "above 0 and at most 1", "magcache:0.12"),
+        ({"step_cache": "magcache:nan"}, WAN_1_3B, "above 0 and at most 1", "magcache:0.12"),
+        ({"step_cache": "easycache:2"}, WAN_1_3B, "above 0 and at most 1", "easycache:1.0"),
         ({"step_cache": "magcache"}, SMALL, "easycache for this model", "easycache"),
         ({"step_cache": "teacache:0.1"}, SMALL, "easycache for this model", "easycache"),
         ({"step_cache": "magcache", "num_inference_steps": 7}, WAN_1_3B, "off for fewer than 8 steps", "off"),
@@ -310,7 +312,8 @@ def test_a_default_threshold_is_the_model_s() -> None:
         ({"guidance_interval": "0.1-0.8", "guidance_scale": 1.0}, WAN_1_3B, "0-1 without guidance", "0-1"),
         ({"guidance_interval": "0.1-0.8", "guidance_gate": 0.5}, WAN_1_3B, "1 with guidance_interval=0.1-0.8", 1),
         ({"guidance_mode": "apg", "guidance_scale": 1.0}, WAN_1_3B, "cfg without guidance", "cfg"),
-        ({"guidance_mode": "apg", "guidance_scale": 5.0}, FEW_STEPS, "cfg with few-step weights", "cfg"),
+        ({"guidance_mode": "apg", "guidance_scale": 5.0}, OF_LORA, "cfg with few-step weights", "cfg"),
+        ({"guidance_scale": 5.0}, FEW_STEPS, "distilled to run without guidance", 1),
         ({"step_cache": "easycache", "sampler": "renoise"}, WAN_1_3B, "off with the sampler renoise", "off"),
     ],
 )

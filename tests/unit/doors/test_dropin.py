@@ -29,8 +29,8 @@ CALL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "num_inferen
 WAIT = 60.0
 
 
-def load(tmp_path, **keywords: Any) -> "wanduet.WanPipeline":
-    pipe = wanduet.WanPipeline.from_pretrained("miniature", data_dir=tmp_path, **keywords)
+def load(tmp_path, model: str = "miniature", **keywords: Any) -> "wanduet.WanPipeline":
+    pipe = wanduet.WanPipeline.from_pretrained(model, data_dir=tmp_path, **keywords)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -479,6 +479,14 @@ def test_a_quantized_call_is_almost_the_exact_one(pipe) -> None:
     error = (latents(pipe, quantize="int8") - exact).norm() / exact.norm()
     assert 1e-4 < error < 0.3
     assert torch.equal(latents(pipe), exact)
+
+
+def test_distilled_weights_have_no_guidance_unless_a_call_asks_for_it_which_is_refused(tmp_path) -> None:
+    fast = load(tmp_path, "miniature-fast", devices="cpu")
+    with pytest.raises(ValueError, match=r"guidance_scale=5 is not supported with miniature-fast.+leave it out"):
+        latents(fast, guidance_scale=5.0)
+    assert torch.equal(latents(fast), latents(fast, guidance_scale=1.0))
+    assert fast.guidance_scale == 1
 
 
 @pytest.mark.parametrize(

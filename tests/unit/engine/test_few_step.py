@@ -13,7 +13,7 @@ import torch
 from wanduet.config import EngineConfig
 from wanduet.engine.job import Job, OutputOptions
 from wanduet.engine.pipeline import Engine
-from wanduet.errors import CancelledError
+from wanduet.errors import CancelledError, InvalidRequestError
 from wanduet.media.latents import load_latents
 from wanduet.media.read import read_metadata
 from wanduet.media.video import VideoSpec, write_video
@@ -91,7 +91,7 @@ def test_a_list_below_1000_begins_with_less_noise(run: Run, monkeypatch: pytest.
     assert torch.equal(start, initial_noise(tuple(start.shape), job.request.seed) * 0.64)
 
 
-def test_a_model_of_few_steps_warns_of_guidance(
+def test_a_model_of_few_steps_has_no_guidance(
     config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from wanduet.weights.diffusers import ModelFolder
@@ -105,13 +105,16 @@ def test_a_model_of_few_steps_warns_of_guidance(
 
     monkeypatch.setattr(ModelFolder, "spec", property(changed))
     with Engine(config) as engine:
-        plain, guided = (
+        plain, one = (
             engine.submit(
                 GenerationRequest.parse(**(SMALL | {"timesteps": None, "guidance_scale": scale})),
                 OutputOptions(tmp_path / f"{scale}.mp4"),
             )
-            for scale in (None, 3.0)
+            for scale in (None, 1.0)
         )
+        with pytest.raises(InvalidRequestError, match="distilled to run without guidance"):
+            engine.submit(
+                GenerationRequest.parse(**(SMALL | {"timesteps": None, "guidance_scale": 3.0})), tmp_path / "x.mp4"
+            )
     assert (plain.request.sampler, plain.request.timesteps, plain.request.uses_guidance) == ("renoise", LIST, False)
-    assert plain.warnings == []
-    assert "without guidance" in guided.warnings[0]
+    assert plain.warnings == one.warnings == []

@@ -109,9 +109,8 @@ def test_with_another_approximation_the_price_of_a_speed_is_unknown(more: dict[s
 
 
 def test_published_prices_are_not_those_of_few_step_weights() -> None:
-    fields = {"speed": "fine", "num_inference_steps": 50, "sampler": "unipc"}
-    assert resolve(WAN_1_3B, **fields).price is not None
-    assert resolve(FEW_STEPS, **fields).price is None
+    assert price_of_speed("fine", WAN_1_3B, not_measured) is not None
+    assert price_of_speed("fine", FEW_STEPS, not_measured) is None
 
 
 def test_without_guidance_there_is_none_to_end() -> None:
@@ -221,6 +220,15 @@ def test_a_budget_does_not_choose_what_a_run_cannot_have() -> None:
         (WAN_1_3B, {"speed": "fine", "loss_budget": 30}, "speed", "leave one of the two out"),
         (WAN_1_3B, {"loss_budget": 30, "step_cache": "easycache"}, "step_cache", "leave one of the two out"),
         (WAN_1_3B, {"loss_budget": 30, "guidance_gate": 0.5}, "guidance_gate", "leave one of the two out"),
+        (WAN_1_3B, {"loss_budget": 30, "step_cache": "off"}, "step_cache", "leave one of the two out"),
+        (WAN_1_3B, {"loss_budget": 30, "guidance_gate": 1.0}, "guidance_gate", "leave one of the two out"),
+        (
+            FEW_STEPS,
+            {"step_cache": "easycache", "num_inference_steps": 50, "sampler": "euler"},
+            "step_cache",
+            "distilled for 3 steps",
+        ),
+        (FEW_STEPS, {"speed": "near", "num_inference_steps": 50}, "speed", "3 steps are fast already"),
         (WAN_1_3B, {"loss_budget": 30, "sparse": 0.5}, "sparse", "beside a speed is not known"),
         (WAN_1_3B, {"loss_budget": 30, "quantize_attention": "int8"}, "quantize_attention", "leave one of the two out"),
         (WAN_1_3B, {"loss_budget": 30, "quantize": "fp8"}, "quantize", "beside a speed is not known"),

@@ -142,17 +142,20 @@ def test_a_measure_that_is_no_number_is_none(stored: Path) -> None:
 
 def test_the_worst_of_a_model_over_all_its_sizes(stored: Path) -> None:
     other, about = subject(height=720), {"versions": dict(subject().versions), "name": "mine", "model": "abc"}
+    about["request"] = dict(other.request)
     row = {"forwards": 1, "seconds": 1.0, "psnr": 20.0}
     store_prices(stored, other, Prices(about, {settings_key(CACHED): {"0": row}}))
-    assert worst_of(stored, "abc", CACHED, "psnr") == 20.0
-    assert worst_of(stored, "abc", CACHED, "latents_error") == 0.03
+    assert worst_of(stored, "abc", CACHED, "psnr") == (20.0, "832x720, 81 frames, 50 steps, guidance 6")
+    assert worst_of(stored, "abc", CACHED, "latents_error") == (0.03, "")
     assert worst_of(stored, "abc", CACHED, "st_lpips") is None
     assert worst_of(stored, "another", CACHED, "psnr") is None
     with_lora = Subject.of(request(), ABOUT, "card", {"loras": (("a" * 64, 1.0, 0.0, 1.0),)})
     row = {"forwards": 1, "seconds": 1.0, "psnr": 10.0}
     about |= {"engine": dict(with_lora.engine)}
     store_prices(stored, with_lora, Prices(about, {settings_key(CACHED): {"0": row}}))
-    assert worst_of(stored, "abc", CACHED, "psnr") == 20.0, "with LoRA, they are other weights"
+    found = worst_of(stored, "abc", CACHED, "psnr")
+    assert found is not None
+    assert found[0] == 20.0, "with LoRA, they are other weights"
 
 
 def test_the_seconds_of_a_set_are_a_share_of_those_of_the_exact_job(stored: Path) -> None:

@@ -210,6 +210,23 @@ def test_sparse_attention_is_planned_for(memory) -> None:
     assert sparse.as_dict()["predicted_forwards"] == {"count": 100, "of": 100, "is_estimate": False}
 
 
+@pytest.mark.parametrize(("gpu", "times"), [("h100", {"int8": 0.61, "int8-fast": 0.75}), ("RTX 4090", {})])
+def test_attention_in_8_bits_is_planned_for_where_it_was_measured(memory, gpu: str, times: dict[str, float]) -> None:
+    """Self-attention has 198 of the 283 TFLOP of a forward at 480p; half the keys in the last 37 of 50 steps leave 127."""
+    for form in ("int8", "int8-fast"):
+        exact = plan(memory, gpu).prediction.seconds
+        found = plan(memory, gpu, fields={"quantize_attention": form})
+        speed = times.get(form, 1)
+        share = 198 / 283
+        assert found.prediction.seconds.denoise / exact.denoise == pytest.approx(1 + share * (1 / speed - 1), rel=0.02)
+        (why,) = (choice.why for choice in found.choices if choice.setting == "quantize_attention")
+        says = f"{speed:.2f} times as fast" if times else "the seconds are those of exact attention"
+        assert says in why
+        half = plan(memory, gpu, fields={"sparse": 0.5}).prediction.seconds
+        both = plan(memory, gpu, fields={"sparse": 0.5, "quantize_attention": form}).prediction.seconds
+        assert both.denoise / half.denoise == pytest.approx(1 + 127 / 212 * (1 / speed - 1), rel=0.02)
+
+
 def test_steps_at_a_lower_resolution_are_planned_for(memory) -> None:
     """Of 50 steps of 720p, so many cost what those of 480p do; with a guidance gate, the last 25 are without guidance."""
 

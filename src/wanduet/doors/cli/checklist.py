@@ -40,7 +40,10 @@ def show_doctor(console: Console, found: Mapping[str, Any]) -> None:
             console.print(f"\nAttention on {gpu['name']}, as measured:")
             fields(console, measured)
     for price in found["prices"]:
-        console.print(f"\nWhat speeds cost with {printable(price['model'])}, as measured:")
+        where = printable(price["measured_with"])
+        console.print(
+            f"\nWhat speeds cost with {printable(price['model'])}, as measured{f' at {where}' if where else ''}:"
+        )
         fields(console, price["costs"])
     console.print(f"\n{text_of_versions(found['versions'])}")
 

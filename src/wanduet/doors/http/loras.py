@@ -8,7 +8,7 @@ import difflib
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from wanduet.doors.http.public import NAME_LIMIT, public_text, sendable
 from wanduet.doors.http.schemas import RequestLimits
 from wanduet.errors import InvalidRequestError, WanduetError
 from wanduet.family.distilled import FewStep
+from wanduet.family.registry import with_few_step_lora
 from wanduet.family.spec import ModelSpec
 from wanduet.loras import Lora
 from wanduet.untrusted import cut
@@ -112,10 +113,7 @@ class LoraFolder:
         few_step = next(
             (known.few_step for lora, known in zip(loras, found, strict=True) if lora.strength and known.few_step), None
         )
-        spec = self._spec
-        if few_step is not None:
-            spec = replace(spec, defaults=replace(spec.defaults, **few_step.defaults()))
-        return hashed, spec
+        return hashed, self._spec if few_step is None else with_few_step_lora(self._spec, few_step)
 
     def measure(self, loras: Iterable[Lora], shapes: Mapping[str, tuple[int, ...]]) -> list[AdapterHeader]:
         """Return what each LoRA adds to a plan, from its header. `shapes`: of the transformer's parameters. Raises

@@ -12,7 +12,14 @@ from torch import Tensor
 from wanduet.doors.python.approximations import Approximations
 from wanduet.doors.python.loop import Callback, CallbackSettings, Progress
 from wanduet.doors.python.text import negatives_of, prompts_of
+from wanduet.family.spec import ModelSpec
 
+
+class DefaultScale(float):
+    """A guidance scale that a call was not given: equal to diffusers' default, which a call may also name."""
+
+
+GUIDANCE_SCALE = DefaultScale(5.0)
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 log = logging.getLogger(__name__)
 
@@ -77,6 +84,18 @@ class CallArguments:
         self.count = len(self.prompts) if self.prompts is not None else len(self.prompt_embeds)  # type: ignore[arg-type]
         negatives = negatives_of(negative_prompt, self.negative_prompt_embeds, self.count)
         self.negatives = negatives if self.is_guided else None
+
+    def settle_guidance(self, spec: ModelSpec) -> None:
+        """Turn off a guidance that the call did not ask for, if the weights are distilled to run without. Raises ValueError
+        if it asked for it."""
+        if not (self.is_guided and spec.defaults.of_distilled_weights and spec.defaults.guidance_scale <= 1):
+            return
+        if not isinstance(self.guidance_scale, DefaultScale):
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale:g} is not supported with {spec.name}, whose weights are distilled to run "
+                "without guidance: leave it out, or set it to 1.0."
+            )
+        self.guidance_scale, self.negatives, self.negative_prompt_embeds = 1.0, None, None
 
     @property
     def is_guided(self) -> bool:

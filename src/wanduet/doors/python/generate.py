@@ -30,6 +30,7 @@ def generate(
     with parts.at_work():
         parts.refresh()
         spec = parts.spec
+        call.settle_guidance(spec)
         if call.latents is not None:  # their shape sets the size, as in diffusers
             height, width = (side * spec.vae.spatial_stride for side in call.latents.shape[-2:])
             num_frames = (call.latents.shape[-3] - 1) * spec.vae.temporal_stride + 1

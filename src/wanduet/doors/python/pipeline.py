@@ -8,7 +8,7 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import Tensor
 
 from wanduet.doors.python.approximations import Approximations
-from wanduet.doors.python.arguments import CallArguments, whole_number
+from wanduet.doors.python.arguments import GUIDANCE_SCALE, CallArguments, whole_number
 from wanduet.doors.python.base import PipelineBase
 from wanduet.doors.python.calls import refuse
 from wanduet.doors.python.generate import generate
@@ -71,7 +71,7 @@ class WanPipeline(PipelineBase):
         width: int = 832,
         num_frames: int = 81,
         num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
+        guidance_scale: float = GUIDANCE_SCALE,
         guidance_scale_2: float | None = None,
         num_videos_per_prompt: int | None = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -109,6 +109,8 @@ class WanPipeline(PipelineBase):
 
         `attention_kwargs={"scale": 0.5}` multiplies the strengths of the active LoRAs, unless they are fused; nothing else
         is taken there.
+
+        Weights that are distilled to run without guidance have none unless it is asked for, which is refused.
 
         Raises ValueError for arguments that are not supported.
         """

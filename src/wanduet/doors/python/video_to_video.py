@@ -8,7 +8,7 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import Tensor
 
 from wanduet.doors.python.approximations import Approximations
-from wanduet.doors.python.arguments import CallArguments, fraction
+from wanduet.doors.python.arguments import GUIDANCE_SCALE, CallArguments, fraction
 from wanduet.doors.python.base import PipelineBase
 from wanduet.doors.python.encode import read_videos
 from wanduet.doors.python.generate import generate
@@ -46,7 +46,7 @@ class WanVideoToVideoPipeline(PipelineBase):
         width: int = 832,
         num_inference_steps: int = 50,
         timesteps: list[int] | None = None,
-        guidance_scale: float = 5.0,
+        guidance_scale: float = GUIDANCE_SCALE,
         strength: float = 0.8,
         num_videos_per_prompt: int | None = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
