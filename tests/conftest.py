@@ -6,6 +6,7 @@ With WANDUET_TEST_ALL set, as `.ci/run` does, a test of the page or the cluster 
 import gc
 import os
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from functools import cache
 from pathlib import Path
@@ -61,6 +62,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _only_what_a_file_makes_is_looked_through() -> None:
     """An engine that is closed collects garbage: half a second among a million objects of all that tests import."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _nor_what_the_test_before_imported(frozen: list[int] = [0]) -> None:  # noqa: B006 (it is to be kept)
+    """Some libraries are imported by the first test that needs them, late in its file."""
+    if len(sys.modules) > frozen[0] + 100:
+        frozen[0] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

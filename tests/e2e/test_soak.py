@@ -107,7 +107,7 @@ def test_many_short_jobs_leave_nothing_in_the_worker(tmp_path: Path, record_prop
         store.close()
     # Memory swings with each job; what is never given back is seen in the least of many looks.
     quarters = np.array([np.min(part, axis=0) for part in np.array_split(np.array(seen, float), 4)])
-    slopes = (quarters[3] - quarters[1]) / (JOBS / 2 / 1000)
+    slopes = ((quarters[3] - quarters[1]) / (JOBS / 2 / 1000)).tolist()
     found = {
         "jobs": JOBS,
         "worker's bytes for 1,000 jobs": round(slopes[0]),
