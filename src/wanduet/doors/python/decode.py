@@ -1,6 +1,5 @@
 """Decodes latents to frames for `WanPipeline`, in tiles that fit into memory."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor
 from wanduet.doors.python.parts import PipelineParts
 from wanduet.planning.plan import Plan
 from wanduet.runtime.context import NO_JOB
-from wanduet.stages.decode import decode
+from wanduet.stages.decode import as_array, decode
 from wanduet.stages.record import VideoRecord
 
 Frames = NDArray[np.uint8]  # [F, H, W, 3]
@@ -28,13 +27,9 @@ def decode_videos(parts: PipelineParts, latents: Tensor, plan: Plan | None = Non
         size = (height * vae.spatial_stride, width * vae.spatial_stride, (frames - 1) * vae.temporal_stride + 1)
         _, plan = parts.plan_video(size, guided=False)
     return [
-        decode(parts.models, plan, one, _as_array, VideoRecord(index, 0), NO_JOB)
+        decode(parts.models, plan, one, as_array, VideoRecord(index, 0), NO_JOB)
         for index, one in enumerate(latents.float().cpu())
     ]
-
-
-def _as_array(frames: Iterator[Frames]) -> Frames:
-    return np.concatenate([chunk.copy() for chunk in frames])
 
 
 def as_output(videos: list[Frames], output_type: str) -> Any:
