@@ -164,8 +164,8 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
             pass
     page = None
     if flags.page:
-        from wanduet.doors.page.app import mount_page
         from wanduet.doors.page.first_run import is_missing, wait_for_model
+        from wanduet.doors.page.routes import mount_page
 
         page = mount_page
     if config.model in RANDOM_SPECS:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from wanduet.doors.python.arguments import CallArguments, fraction
 from wanduet.doors.python.base import PipelineBase
-from wanduet.doors.python.encode import read_videos
 from wanduet.doors.python.generate import generate
 from wanduet.doors.python.loop import Callback, Progress
 from wanduet.doors.python.schedule import Schedule
+from wanduet.doors.python.videos import read_videos
 from wanduet.family.attention import QuantizeAttention
 from wanduet.family.guidance import GuidanceMode
 from wanduet.family.speeds import SpeedName
