@@ -137,7 +137,7 @@ def test_q_k_and_v_are_one_product_of_their_8_bits(format: str) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_forward_takes_what_is_planned(memory, monkeypatch, frames: int, fused: bool) -> None:
     """The forward itself is traced with 8-bit weights, q, k and v as one matrix; the plan adds its largest matrix."""
-    monkeypatch.setattr("wanduet.footprint.phases.plans_fused_kernels", lambda _: fused)
+    monkeypatch.setattr("wanduet.footprint.phases.plans_triton", lambda *_: fused)
     shape = dit.ForwardShape(SPEC, (16, frames, 60, 104), 512, "bfloat16", fused)
     denoised = DenoiseShape((480, 832, 4 * frames - 3), "bfloat16", [9])
     planned, dense = (
