@@ -9,6 +9,7 @@ import queue
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -104,18 +105,15 @@ def write_video(
     path = Path(path)
     container_for(path, DEFAULT_CODEC if spec is None else spec.codec)
     writer: VideoWriter | None = None
-    try:
+    with ExitStack() as opened:
         for chunk in frames:
             if writer is None:
-                writer = VideoWriter(path, spec or VideoSpec(chunk.shape[-3], chunk.shape[-2]), metadata)
+                size = spec or VideoSpec(chunk.shape[-3], chunk.shape[-2])
+                writer = opened.enter_context(VideoWriter(path, size, metadata))
             writer.write(chunk)
         if writer is None:
             raise ValueError("There are no frames to write.")
         return writer.close()
-    except BaseException:
-        if writer is not None:
-            writer.abort()
-        raise
 
 
 class VideoWriter:
