@@ -1,8 +1,10 @@
 """Durable creation of folders and replacement of files. A protected folder that was moved away is never recreated."""
 
 import errno
+import json
 import os
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -50,6 +52,20 @@ def replace_file(source: Path, target: Path) -> None:
             if not left:
                 raise
             time.sleep(REPLACE_WAIT_SECONDS)
+
+
+def replace_json(path: Path, content: object) -> None:
+    """Write a value as JSON to a file, which it replaces at once; makes the folder. Raises OSError."""
+    make_folder(path.parent)
+    partial = tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False)  # noqa: SIM115
+    try:
+        with partial:
+            json.dump(content, partial, indent=1)
+        replace_file(Path(partial.name), path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(partial.name)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -37,6 +37,11 @@ def cut(value: object, most: int = QUOTED) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
+def first_line(error: object) -> str:
+    """Return the first line of an error's message, or the error's type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def printable(text: str) -> str:
     """Return text with unprintable characters except newlines replaced, so that it cannot control a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

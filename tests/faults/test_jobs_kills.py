@@ -106,7 +106,7 @@ def attack_a_supervised_worker(data: Path, kills: int, record_property: Any) -> 
         while len(store.list(limit=3, status="queued").jobs) < 3:
             ids.append(submit(store, f"job {len(ids)}", steps=30, seed=len(ids)))
         starting = kill % 5 == 0
-        pid = wait(lambda starting=starting: (starting or supervisor.ready) and supervisor.pid)
+        pid = wait(lambda starting=starting: (starting or supervisor.trouble is None) and supervisor.pid)
         time.sleep(dice.uniform(0.0, 0.4))
         os.kill(pid, signal.SIGKILL)
         killed, size = time.monotonic(), line.stat().st_size if line.exists() else 0

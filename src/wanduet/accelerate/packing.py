@@ -107,25 +107,6 @@ def pack_block(block: Block, flat: Tensor) -> None:
         parameter.data = view
 
 
-@torch.no_grad()
-def pack_blocks(transformer: WanTransformer) -> None:
-    """Pack every block on its device, one after the other, so that only one block's weights exist twice."""
-    for block in _blocks(transformer):
-        if packed_buffer(block) is None:
-            device = block.attn1.to_q.weight.device
-            pack_block(block, torch.empty(BlockLayout.of(block).size, dtype=torch.uint8, device=device))
-
-
-@torch.no_grad()
-def move_packed(transformer: WanTransformer, device: torch.device) -> None:
-    """Move a transformer to a device and pack its blocks. (`.to` would give each parameter memory of its own.)"""
-    for block in _blocks(transformer):
-        flat = packed_buffer(block)
-        if flat is None or flat.device != device:
-            pack_block(block, torch.empty(BlockLayout.of(block).size, dtype=torch.uint8, device=device))
-    transformer.to(device)  # the remaining parameters; those already there are not copied
-
-
 def allocate_packed(
     transformer: WanTransformer, device: torch.device, dtype: torch.dtype, allocate: Allocate | None = None
 ) -> None:

@@ -91,7 +91,18 @@ class StepCache(Generic[Condition]):
         self._rule.restore(state)
 
 
-class KnownSteps:
+class Stateless:
+    """State of a predictor or a rule that has none."""
+
+    def state(self) -> State:
+        """Return {}."""
+        return {}
+
+    def restore(self, state: State) -> None:
+        """Do nothing."""
+
+
+class KnownSteps(Stateless):
     """Rule that skips steps which are known before the run (MagCache, TeaCache)."""
 
     def __init__(self, steps: Collection[int]) -> None:
@@ -102,13 +113,6 @@ class KnownSteps:
         return step in self._steps
 
     def computed(self, new: Computed, last: Computed | None) -> None:
-        """See Rule."""
-
-    def state(self) -> State:
-        """See Rule."""
-        return {}
-
-    def restore(self, state: State) -> None:
         """See Rule."""
 
 

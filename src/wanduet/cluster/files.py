@@ -11,7 +11,6 @@ any node, copies them back. An object appears as a whole or not at all, and one 
 still a valid state of the same job. So no lock is needed: at worst some steps are computed again.
 """
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -136,16 +135,10 @@ class StoredFiles(JobFiles):
             for path in work.glob("*")
             if path.is_file() and path.name != INPUT and PARTIAL_SUFFIX not in path.name
         ]
-        for key in self._keys(job_id):
+        for key in self._noted_checkpoints(job_id):
             paths = (self.folder / "checkpoints").glob(f"{key}.safetensors")
             found += [(f"checkpoints/{path.name}", path) for path in paths]
         return sorted(found, key=lambda one: one[0] == "result.json")
-
-    def _keys(self, job_id: str) -> list[str]:
-        try:
-            return list(json.loads(self._checkpoints_note(job_id).read_bytes()))
-        except (OSError, ValueError):
-            return []
 
     def _bring(self, job_id: str, part: str = "") -> dict[str, Stamp]:
         brought: dict[str, Stamp] = {}

@@ -46,7 +46,6 @@ STAGE_LABEL = "wanduet.io/stage"  # on a node: its stage: all, encode or decode
 EXPECTED_LABEL = "wanduet.io/node"  # on nodes that Ray can add: their GPUs, in the syntax of --expect-nodes
 NODE_LABEL = "ray.io/node-id"
 ANSWER_SECONDS = 2.0  # timeout of one poll of all replicas
-PROBE_SECONDS = 3600.0  # a node may have to download weights
 _KILL = int(getattr(signal, "SIGKILL", signal.SIGTERM))
 THREADS = 4  # concurrent calls to a replica
 
@@ -71,7 +70,6 @@ class RayFleet:
         self._url = database_url
         self._members: dict[str, _Member] = {}
         self._hardware: dict[str, Any] = {}  # by node: a Node, or the start time and the result of a pending probe
-        self._alive: frozenset[str] = frozenset()
         try:
             ray.init(address=settings.address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -90,7 +88,6 @@ class RayFleet:
     def nodes(self, drained: frozenset[str]) -> tuple[Node, ...]:
         """Return the live nodes whose devices are known. `drained`: names, addresses or id prefixes."""
         alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-        self._alive = frozenset(alive)
         for gone in self._hardware.keys() - alive.keys():
             del self._hardware[gone]
         leaving = _draining_nodes()

@@ -17,7 +17,6 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from wanduet.distributed.common_stop import CommonStop
@@ -123,15 +122,13 @@ class RankGroup:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def send(self, message: object, rank: int | None = None) -> int:
-        """Send a picklable message to one rank, by default to all, and return its number, for `cancel`."""
+    def send(self, message: object) -> int:
+        """Send a picklable message to all ranks, and return its number, for `cancel`."""
         self._sent += 1
-        self._post(Message(message, self._sent), range(len(self.devices)) if rank is None else [rank])
+        self._post(Message(message, self._sent))
         return self._sent
 
     def cancel(self, task: int = 0) -> None:
@@ -141,7 +138,7 @@ class RankGroup:
         0 is the work that ranks do before they receive a message. A cancel may come before a rank has started, or after
         the work is done; it never affects another message. To end the ranks at once, exit the group.
         """
-        self._post(Cancel(task), range(len(self.devices)))
+        self._post(Cancel(task))
 
     def receive(self, timeout_s: float | None = None, task: int | None = None) -> tuple[int, object] | None:
         """Return the index of a rank and the next message that it reported; None when all ranks' work is done.
@@ -186,7 +183,7 @@ class RankGroup:
     def close(self) -> None:
         """End every process and wait until it has exited. A second call does nothing."""
         if len(self._results) == len(self.devices):
-            self._post("exit", range(len(self.devices)))
+            self._post("exit")
             deadline = time.monotonic() + EXIT_TIMEOUT
             for process in self._processes:
                 process.join(max(0.0, deadline - time.monotonic()))
@@ -199,13 +196,11 @@ class RankGroup:
             pipe.close()
         self._folder.cleanup()
 
-    def _post(self, item: Message | Cancel | Command, ranks: Sequence[int]) -> None:
+    def _post(self, item: Message | Cancel | Command) -> None:
         data = dumps(item)
-        for index in ranks:
-            try:
-                self._to_ranks[index].send_bytes(data)
-            except OSError:  # the process has ended; `receive` raises the error
-                continue
+        for pipe in self._to_ranks:
+            with suppress(OSError):  # the process has ended; `receive` raises the error
+                pipe.send_bytes(data)
 
     def _read(self, index: int) -> Message | Result | Failure | None:
         """Read and store the next item from a rank; return None if its process has ended without a report."""

@@ -25,7 +25,7 @@ from wanduet.kernels.attention.sparse_steps import sparse_bytes
 from wanduet.kernels.attention.trained import trained_bytes
 from wanduet.kernels.dit.quantized import INT_MM_TOKENS, Quantize
 from wanduet.kernels.dit.weight import FORMATS, WeightFormat, format_of
-from wanduet.kernels.select import planned_vae_kernels, plans_fused_kernels, plans_quantized_kernels
+from wanduet.kernels.select import QUANTIZED, TRITON, planned_vae_kernels, plans_triton
 from wanduet.models.dit.model import WanTransformer
 from wanduet.models.vae.arena_size import DecodeShape
 from wanduet.models.vae.model import WanVAE
@@ -112,10 +112,10 @@ class ModelMemory:
         text = sum(texts) * 2 * t.num_layers * t.dim * item
         prompts, shape = len(texts) if share_first and layout.cfg == 1 else 1, self.spec.latent_shape(*denoise.size)
         coded = coded_channels(self.attention, t.attention_head_dim)
-        forward = ForwardShape(t, shape, self.spec.text_len, dtype, plans_fused_kernels(device), layout, prompts, coded)
+        fused = plans_triton(TRITON, device)
+        forward = ForwardShape(t, shape, self.spec.text_len, dtype, fused, layout, prompts, coded)
         if denoise.quantize != "off":
-            fused = plans_quantized_kernels(device)
-            forward = replace(forward, quantize=denoise.quantize, fused_quantized=fused)
+            forward = replace(forward, quantize=denoise.quantize, fused_quantized=plans_triton(QUANTIZED, device))
         activations = forward_bytes(forward)
         if denoise.quantize == "int8" and torch.device(device).type == "cuda":
             activations += INT_MM_TOKENS * max(3 * t.dim, t.ffn_dim) * 4  # if that product is the fastest

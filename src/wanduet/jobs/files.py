@@ -63,9 +63,7 @@ class JobFiles:
 
     def work_path(self, job_id: str) -> Path:
         """Return the video file that attempts of a job write. Raises ValueError if `job_id` is not a job id."""
-        if not is_job_id(job_id):
-            raise ValueError("not a job id")
-        return self.work / job_id / "video.mp4"
+        return self.work / _checked(job_id) / "video.mp4"
 
     def preview_path(self, job_id: str) -> Path:
         """Return the preview file of a running job. Raises ValueError if `job_id` is not a job id."""
@@ -219,9 +217,7 @@ class JobFiles:
             raise output_error(target, error, "--data-dir") from error
 
     def _target(self, job_id: str, token: int, index: int, variant: str) -> Path:
-        if not is_job_id(job_id):
-            raise ValueError("not a job id")
-        return self.videos / f"{job_id}.{token:d}-{index:d}{EXTENSIONS[variant]}"
+        return self.videos / f"{_checked(job_id)}.{token:d}-{index:d}{EXTENSIONS[variant]}"
 
 
 def older(names: Iterable[str], tokens: Mapping[str, int]) -> Iterator[str]:
@@ -234,9 +230,13 @@ def older(names: Iterable[str], tokens: Mapping[str, int]) -> Iterator[str]:
 
 
 def _input_name(job_id: str) -> str:
+    return f"{_checked(job_id)}.{INPUT}"
+
+
+def _checked(job_id: str) -> str:
     if not is_job_id(job_id):
         raise ValueError("not a job id")
-    return f"{job_id}.{INPUT}"
+    return job_id
 
 
 def _names_of(folder: Path, stems: tuple[str, ...]) -> Iterator[str]:

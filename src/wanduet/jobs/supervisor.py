@@ -101,11 +101,6 @@ class WorkerProcess:
     def _is_ending(self) -> bool:
         return self._killed or self._stopping.is_set()
 
-    @property
-    def ready(self) -> bool:
-        """Whether a worker of this machine runs and takes jobs."""
-        return self.trouble is None
-
     def start(self) -> None:
         """Start the process and supervise it."""
         self._lock.acquire()

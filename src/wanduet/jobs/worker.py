@@ -5,33 +5,32 @@ input (the parent process is gone), drains; a second SIGTERM ends the process at
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
 import structlog
+from pydantic import TypeAdapter
 
 from wanduet.config import EngineConfig
 from wanduet.errors import WanduetError
 from wanduet.folders import never_make
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.hooks import VideoEngine
-from wanduet.jobs.keeper import AttemptSettings
 from wanduet.jobs.leases import beat_path
 from wanduet.jobs.library_logs import configure_library_logs
 from wanduet.jobs.logs import configure_logs, describe_error
 from wanduet.jobs.runner import Runner, RunnerSettings
 from wanduet.jobs.store import JobStore
-from wanduet.jobs.watchdog import HangSettings, Watchdog
+from wanduet.jobs.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
 
@@ -61,24 +60,12 @@ class WorkerSettings:
 
     def to_json(self) -> str:
         """As a command-line argument."""
-        return json.dumps(asdict(self), default=str)
+        return TypeAdapter(WorkerSettings).dump_json(self).decode()
 
     @classmethod
     def from_json(cls, text: str) -> "WorkerSettings":
         """Parse what `to_json` returned."""
-        values = json.loads(text)
-        config = values["config"]
-        for name in ("data_dir", "lora_dir"):
-            if config[name] is not None:
-                config[name] = Path(config[name])
-        runner = values["runner"]
-        attempt, hangs = AttemptSettings(**runner.pop("attempt")), HangSettings(**runner.pop("hangs"))
-        return cls(
-            EngineConfig(**config),
-            RunnerSettings(**runner, attempt=attempt, hangs=hangs),
-            values["retention_seconds"],
-            values["engine"],
-        )
+        return TypeAdapter(WorkerSettings).validate_json(text)
 
 
 def run_worker(settings: WorkerSettings, url: str | None = None) -> None:

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from wanduet.folders import make_folder, replace_file
+from wanduet.folders import replace_json
 
 log = logging.getLogger(__name__)
 
@@ -129,10 +128,6 @@ def write_table(folder: Path | None, key: str, table: Table, file: str = CACHE_F
     if folder is None:
         return
     try:
-        make_folder(folder)
-        content = read_all(folder, file) | {key: [asdict(row) for row in table]}
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=file, delete=False) as partial:
-            json.dump(content, partial, indent=1)
-        replace_file(Path(partial.name), folder / file)
+        replace_json(folder / file, read_all(folder, file) | {key: [asdict(row) for row in table]})
     except OSError as problem:
         log.warning("What was measured cannot be kept in %s: %s", folder / file, problem)

@@ -223,26 +223,14 @@ def planned_vae_kernels(device: str) -> VAEKernels:
 
     If one of Triton's kernels is known to fail, returns the plain kernels, which need more memory.
     """
-    return VAE_TRITON_KERNELS if plans_fused_vae_kernels(device) else VAE_TORCH_KERNELS
+    return VAE_TRITON_KERNELS if plans_triton(VAE_TRITON, device) else VAE_TORCH_KERNELS
 
 
-def plans_fused_vae_kernels(device: str) -> bool:
-    """Return True if `vae_kernels_for` is expected to return all of Triton's kernels; see `planned_vae_kernels`."""
-    return _plans_triton(VAE_TRITON, device)
+def plans_triton(what: str, name: str) -> bool:
+    """Return True if a set of kernels is expected to have no plain form on a device: TRITON, VAE_TRITON or QUANTIZED.
 
-
-def plans_quantized_kernels(device: str) -> bool:
-    """Return True if `quantized_kernels_for` is expected to return no plain form; see `planned_vae_kernels`."""
-    return _plans_triton(QUANTIZED, device)
-
-
-def plans_fused_kernels(device: str) -> bool:
-    """Return True if `kernels_for` is expected to return all of Triton's kernels; see `planned_vae_kernels`."""
-    return _plans_triton(TRITON, device)
-
-
-def _plans_triton(what: str, name: str) -> bool:
-    """Assume Triton on an absent GPU; for a present one, use the recorded verdicts or look for what Triton lacks."""
+    Assume Triton on an absent GPU; for a present one, use the recorded verdicts or look for what Triton lacks.
+    """
     device = torch.device(name)
     if device.type != "cuda" or not torch.cuda.is_available():
         return device.type == "cuda"

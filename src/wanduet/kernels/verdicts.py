@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from wanduet.errors import KernelFailedError
+from wanduet.folders import replace_json
 from wanduet.kernels.measurements import FAILURE_S, machine_state
 
 log = logging.getLogger(__name__)
@@ -89,10 +89,7 @@ def write_verdicts(folder: Path) -> None:
         known = dict(_PLAIN)
     rows = {key: {"plain": plain, "state": machine_state(), "since": time.time()} for key, plain in known.items()}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=VERDICTS_FILE, delete=False) as partial:
-            json.dump(rows, partial, indent=1)
-        os.replace(partial.name, folder / VERDICTS_FILE)
+        replace_json(folder / VERDICTS_FILE, rows)
     except OSError as problem:
         log.warning("What is known of kernels cannot be kept in %s: %s", folder, problem)
 

@@ -8,12 +8,11 @@ import os
 import queue
 import sys
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import av
@@ -84,13 +83,11 @@ class VideoSpec:
 
 @dataclass(frozen=True, slots=True)
 class WrittenVideo:
-    """A finished file. `encode_s`: seconds that the encoder worked; `waited_s`: that the caller waited for it."""
+    """A finished file."""
 
     path: Path
     num_frames: int
     num_bytes: int
-    encode_s: float
-    waited_s: float
 
 
 def write_video(
@@ -108,18 +105,15 @@ def write_video(
     path = Path(path)
     container_for(path, DEFAULT_CODEC if spec is None else spec.codec)
     writer: VideoWriter | None = None
-    try:
+    with ExitStack() as opened:
         for chunk in frames:
             if writer is None:
-                writer = VideoWriter(path, spec or VideoSpec(chunk.shape[-3], chunk.shape[-2]), metadata)
+                size = spec or VideoSpec(chunk.shape[-3], chunk.shape[-2])
+                writer = opened.enter_context(VideoWriter(path, size, metadata))
             writer.write(chunk)
         if writer is None:
             raise ValueError("There are no frames to write.")
         return writer.close()
-    except BaseException:
-        if writer is not None:
-            writer.abort()
-        raise
 
 
 class VideoWriter:
@@ -138,8 +132,6 @@ class VideoWriter:
         self._last_word: Literal["finish", "abort"] | None = None
         self._error: BaseException | None = None
         self._count = 0
-        self._encode_s = 0.0
-        self._waited_s = 0.0
         self._result: WrittenVideo | None = None
         self._thread = threading.Thread(target=self._run, name="wanduet-video", daemon=True)
         self._thread.start()
@@ -158,9 +150,7 @@ class VideoWriter:
         for frame in chunk[:, :height, :width]:
             if self._error is not None:
                 raise self._error
-            started = time.perf_counter()
             self._queue.put(frame.copy())
-            self._waited_s += time.perf_counter() - started
 
     def close(self) -> WrittenVideo:
         """Finish the file; returns once it is on the disk under its name. Raises the encoder thread's error."""
@@ -178,9 +168,7 @@ class VideoWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
         else:
@@ -219,22 +207,18 @@ class VideoWriter:
             encoder = _Encoder(partial, self._container, self.spec, self._tags)
             try:
                 while (frame := self._take()) is not None:
-                    started = time.perf_counter()
                     encoder.add(frame)
                     self._count += 1
-                    self._encode_s += time.perf_counter() - started
                 if self._last_word == "abort" or not self._count:
                     raise _AbortedError
-                started = time.perf_counter()
                 encoder.finish()
-                self._encode_s += time.perf_counter() - started
             except BaseException:
                 encoder.discard()
                 raise
             num_bytes = partial.stat().st_size
             if not num_bytes:
                 raise OutputError(f"Cannot write {self.path}: the encoder wrote nothing.", hint="Try another --codec.")
-        self._result = WrittenVideo(self.path, self._count, num_bytes, self._encode_s, self._waited_s)
+        self._result = WrittenVideo(self.path, self._count, num_bytes)
 
 
 class _AbortedError(Exception):

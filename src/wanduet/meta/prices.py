@@ -6,11 +6,8 @@ prompt, so that an interrupted measurement goes on. Only `wanduet price` writes 
 
 import json
 import math
-import os
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from importlib import metadata
@@ -18,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from wanduet.family.speeds import FIELDS
-from wanduet.folders import make_folder, replace_file
+from wanduet.folders import replace_json
 from wanduet.request import EXACT_VALUES, OFF_VALUES, GenerationRequest, ResolvedRequest
 
 FILE = "prices.json"
@@ -144,17 +141,8 @@ def all_prices(folder: Path) -> list[Prices]:
 
 def store_prices(folder: Path, subject: Subject, prices: Prices) -> None:
     """Store what was measured of a subject, in place of what was stored of it. Raises OSError."""
-    make_folder(folder)
     content = {key: asdict(one) for key, one in (_read(folder) | {subject.key: prices}).items()}
-    partial = tempfile.NamedTemporaryFile("w", dir=folder, prefix=FILE, delete=False)  # noqa: SIM115
-    try:
-        with partial:
-            json.dump(content, partial, indent=1)
-        replace_file(Path(partial.name), folder / FILE)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(partial.name)
-        raise
+    replace_json(folder / FILE, content)
 
 
 def worst_of(folder: Path, model: str, settings: Mapping[str, Any], measure: str) -> tuple[float, str] | None:

@@ -159,14 +159,11 @@ def _empty(x: Tensor, shape: Sequence[int], layout: torch.memory_format | None) 
     return torch.empty(shape, dtype=x.dtype, device=META, memory_format=layout or torch.contiguous_format)
 
 
-def _convolution(
+def _convolution(  # the parameters of `aten::convolution`, which calls it
     x: Tensor, weight: Tensor, bias: Tensor | None, strides: Sequence[int], pads: Sequence[int], gaps: Sequence[int],
     transposed: bool, *_: Any,
 ) -> Any:  # fmt: skip
-    """Channels last if input or weight is, as cuDNN does. (PyTorch's meta implementation leaves it open.)
-
-    The parameters are those of `aten::convolution`, which calls it.
-    """
+    """Channels last if input or weight is, as cuDNN does. (PyTorch's meta implementation leaves it open.)"""
     if transposed or x.ndim != weight.ndim:
         return NotImplemented
     sizes = zip(x.shape[2:], weight.shape[2:], strides, pads, gaps, strict=True)

@@ -7,7 +7,6 @@ placed where the allocator would. The planner adds what is not seen here, as wor
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -87,11 +86,9 @@ class Footprint(TorchDispatchMode):
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         _active.stack.remove(self)
-        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -19,7 +19,7 @@ from wanduet.family.step_caches import OFF
 from wanduet.footprint.phases import ModelMemory, text_device_bytes, text_encoder_bytes
 from wanduet.kernels.attention.backends import SDPA, available_backends
 from wanduet.kernels.attention.choose import Shape, remembered
-from wanduet.kernels.select import has_quack, plans_fused_kernels, plans_fused_vae_kernels
+from wanduet.kernels.select import TRITON, VAE_TRITON, has_quack, plans_triton
 from wanduet.kernels.verdicts import triton_problem
 from wanduet.models.dit.quantizer import LAYERS_OF_A_BLOCK
 from wanduet.planning.hardware import DeviceInfo, Hardware
@@ -368,8 +368,7 @@ class Explanation:
     def _kernels(self, setting: str, device: DeviceInfo) -> Choice:
         if not device.name.startswith("cuda"):
             return Choice(setting, "torch", f"PyTorch's own operations: Triton's kernels are not for {device.name}")
-        fused = plans_fused_kernels if setting == "kernels" else plans_fused_vae_kernels
-        if not fused(device.name):
+        if not plans_triton(TRITON if setting == "kernels" else VAE_TRITON, device.name):
             why = triton_problem() or "some of Triton's kernels did not work here"
             return Choice(setting, "torch", f"PyTorch's own operations: {why}")
         if not self._is_here(device):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -92,9 +91,7 @@ class Measurement:
         self.prices = find_prices(self.folder, self.subject) or self.prices  # what the other has measured meanwhile
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self._engine.close()
         finally:

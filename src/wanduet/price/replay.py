@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from wanduet.accelerate.step_cache import StepCache, make_rule
+from wanduet.accelerate.step_cache import Stateless, StepCache, make_rule
 from wanduet.family.spec import ModelSpec
 from wanduet.kernels.attention.call import Step
 from wanduet.price.compare import relative_error
@@ -19,7 +19,6 @@ from wanduet.request import ResolvedRequest
 from wanduet.sampling.denoise import StepInfo
 from wanduet.sampling.guidance import Combination, Guidance, NoGuidance, SequentialGuidance
 from wanduet.sampling.predictor import Predictor
-from wanduet.sampling.samplers import State
 
 REPLAYED = (
     "step_cache",
@@ -151,16 +150,10 @@ class _Follower:
         self.errors.append(relative_error(self._guidance(latents, step), exact))
 
 
-class _Recorded:
+class _Recorded(Stateless):
     """Predictor that returns recorded velocities; its conditions are their numbers."""
 
     velocities: Sequence[Tensor] = ()
 
     def __call__(self, latents: Tensor, step: Step, conditions: Sequence[int]) -> Sequence[Tensor]:
         return [self.velocities[number] for number in conditions]
-
-    def state(self) -> State:
-        return {}
-
-    def restore(self, state: State) -> None:
-        pass

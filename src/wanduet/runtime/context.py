@@ -63,12 +63,13 @@ class Timings:
         return {name: seconds for name, seconds in sums.items() if seconds or name in TIMING_NAMES}
 
 
-def _never() -> bool:
+def never() -> bool:
+    """Return False: a check that never cancels."""
     return False
 
 
-def _ignore(*_: object) -> None:
-    pass
+def ignore(*_: object) -> None:
+    """Do nothing: a callback that needs nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +84,11 @@ class RunContext:
     """
 
     id: str = ""
-    emit: Callable[[Event], None] = _ignore
-    should_cancel: Callable[[], bool] = _never
+    emit: Callable[[Event], None] = ignore
+    should_cancel: Callable[[], bool] = never
     wait: Callable[[float], object] = time.sleep
-    add_time: Callable[[str, float], None] = _ignore
-    note: Callable[[str], None] = _ignore
+    add_time: Callable[[str, float], None] = ignore
+    note: Callable[[str], None] = ignore
     should_cancel_in_step: Callable[[], bool] | None = None
 
     def check_cancelled(self) -> None:

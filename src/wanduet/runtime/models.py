@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,6 +85,16 @@ class Models:
     def plan(self, request: ResolvedRequest, config: EngineConfig, hardware: Hardware) -> Plan:
         """See `planner.make_plan`."""
         return self.transformer.loras.planned(make_plan(request, self.memory, config, hardware), request)
+
+    def plan_here(self, request: ResolvedRequest, config: EngineConfig, hardware: Hardware) -> Plan:
+        """Return a plan for this process alone, without strategy `parallel`, whose ranks are other processes."""
+        plan = self.plan(request, config, hardware)
+        if plan.strategy == "parallel":
+            for strategy in ("placed", "single"):
+                plan = self.plan(request, replace(config, strategy=strategy), hardware)
+                if plan.prediction.fits:
+                    break
+        return plan
 
     @contextmanager
     def decoder(self, plan: Plan, device: str, context: RunContext) -> Iterator[WanVAE]:

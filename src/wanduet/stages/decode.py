@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,11 @@ Result = TypeVar("Result")
 Sink = Callable[[Iterator[Frames]], Result]
 """Consumes all frames of a video, in chunks `[t, H, W, 3]` uint8 whose memory is reused: writes a file or builds an
 array, for example. It is called again, from the first frame on, each time the decode restarts."""
+
+
+def as_array(frames: Iterator[Frames]) -> Frames:
+    """Sink that returns all frames as one array."""
+    return np.concatenate([chunk.copy() for chunk in frames])
 
 
 def decode(

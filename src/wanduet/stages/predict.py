@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanduet.accelerate.step_cache import StepCache, make_rule
+from wanduet.accelerate.step_cache import Stateless, StepCache, make_rule
 from wanduet.distributed.collectives import broadcast_
 from wanduet.distributed.sequence.sharding import Sharding
 from wanduet.kernels.attention.call import Step
@@ -34,7 +34,7 @@ Forward = Callable[[], Any]
 TextPredictor = Predictor[TextContext]
 
 
-class TransformerPredictor:
+class TransformerPredictor(Stateless):
     """Predictor of one transformer, without state. `forward` runs each forward, and may rerun it with less memory."""
 
     def __init__(
@@ -57,15 +57,8 @@ class TransformerPredictor:
         )
         return velocities
 
-    def state(self) -> State:
-        """See Predictor."""
-        return {}
 
-    def restore(self, state: State) -> None:
-        """See Predictor."""
-
-
-class ShardedPredictor:
+class ShardedPredictor(Stateless):
     """`TransformerPredictor` in which ranks share the work in another way than in the transformer's other forwards."""
 
     def __init__(
@@ -84,13 +77,6 @@ class ShardedPredictor:
         """See Predictor."""
         with self._shared():
             return self._predictor(latents, step, conditions)
-
-    def state(self) -> State:
-        """See Predictor."""
-        return {}
-
-    def restore(self, state: State) -> None:
-        """See Predictor."""
 
     @contextmanager
     def _shared(self) -> Iterator[None]:

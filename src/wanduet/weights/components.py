@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from wanduet.errors import ModelNotFoundError, WeightsError
-from wanduet.untrusted import MAX_JSON_BYTES, cut, open_regular, read_file
+from wanduet.untrusted import MAX_HEADER_BYTES, MAX_JSON_BYTES, cut, open_regular, read_file
 from wanduet.weights.gguf_file import GGUFSource
 from wanduet.weights.json_files import read_json
 from wanduet.weights.keymaps import IGNORED, Renamed, pairs_for, renamed
 from wanduet.weights.pickles import PickledTensors
 from wanduet.weights.quantised import dequantised
 from wanduet.weights.recognise import NAMES, TAKE_T2V, Recognised, recognise
-from wanduet.weights.safetensors import HEADER_LIMIT, TensorFiles
+from wanduet.weights.safetensors import TensorFiles
 from wanduet.weights.source import WeightSource
 
 SENTENCEPIECE = "spiece_model"  # a tokenizer's bytes in ComfyUI's text encoder
@@ -44,7 +44,7 @@ def open_source(path: Path, label: str = "file") -> WeightSource:
     if start[:4] == b"GGUF":
         return GGUFSource(label, path)
     # The length of a safetensors header, of which the lowest bytes may be those of any other format.
-    is_length = len(start) == 8 and int.from_bytes(start, "little") <= HEADER_LIMIT
+    is_length = len(start) == 8 and int.from_bytes(start, "little") <= MAX_HEADER_BYTES
     if start[:4] == b"PK\3\4" or (start[:1] == b"\x80" and not is_length):
         return dequantised(PickledTensors(label, path))
     paths = [path]

@@ -12,6 +12,7 @@ import struct
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
@@ -103,12 +104,9 @@ class GGUFSource(WeightSource):
     def iterate(self, names: Collection[str]) -> "Iterator[tuple[str, Tensor]]":
         """See `WeightSource`. Takes the memory of the largest tensor in float32, and of a few chunks a thread."""
         buffer = Buffer()
-        try:
-            with open_regular(self.path) as file:
-                for name in sorted(set(names) & set(self._places), key=lambda name: self._places[name].offset):
-                    yield name, self._read(file, name, buffer)
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"{self.path} cannot be read: {cut(error)}.", hint=fetch_again(self.path)) from error
+        with self._opened() as file:
+            for name in sorted(set(names) & set(self._places), key=lambda name: self._places[name].offset):
+                yield name, self._read(file, name, buffer)
 
     def read_rows(self, name: str, rows: Sequence[int], dtype: "torch.dtype") -> "Tensor":
         """See `WeightSource`; reads these rows only."""
@@ -119,19 +117,25 @@ class GGUFSource(WeightSource):
         out = torch.empty(len(rows), *shape[1:], dtype=dtype)
         place = self._places[name]
         stride = self.tensors[name].num_bytes // shape[0]
+        with self._opened() as file:
+            for index, row in enumerate(rows):
+                file.seek(place.offset + row * stride)
+                data = _exactly(file, stride)
+                if place.type in _DENSE:
+                    values = torch.frombuffer(data, dtype=_torch_dtype(place.type))
+                else:
+                    values = torch.from_numpy(_dequantised(data, place.type))
+                out[index] = values.view(shape[1:])
+        return out
+
+    @contextmanager
+    def _opened(self) -> Iterator[BufferedReader]:
+        """Open the file. Raises WeightsError if it cannot be read, also in the block."""
         try:
             with open_regular(self.path) as file:
-                for index, row in enumerate(rows):
-                    file.seek(place.offset + row * stride)
-                    data = _exactly(file, stride)
-                    if place.type in _DENSE:
-                        values = torch.frombuffer(data, dtype=_torch_dtype(place.type))
-                    else:
-                        values = torch.from_numpy(_dequantised(data, place.type))
-                    out[index] = values.view(shape[1:])
+                yield file
         except (OSError, ValueError) as error:
             raise WeightsError(f"{self.path} cannot be read: {cut(error)}.", hint=fetch_again(self.path)) from error
-        return out
 
     def fingerprint(self) -> str:
         """Return a digest of the header and of samples of the data."""

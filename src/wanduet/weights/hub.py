@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wanduet.errors import ModelNotFoundError, WanduetError, WeightsError
+from wanduet.untrusted import first_line
 from wanduet.weights.compose import compose
 from wanduet.weights.diffusers import PARTS, ModelFolder, open_folder
 from wanduet.weights.forms import Form, FormName, form_of, forms_of
@@ -24,7 +25,7 @@ from wanduet.weights.manifest import (
 )
 from wanduet.weights.names import BUNDLED, HINT, HUB_ID, MINIATURE, check_few_step, no_model
 from wanduet.weights.published import published_hashes, unverified_weights
-from wanduet.weights.repository import fetch, first_line, is_offline, published, throw_away
+from wanduet.weights.repository import fetch, is_offline, published, throw_away
 
 log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from wanduet.config import format_bytes
 from wanduet.errors import ModelNotFoundError
+from wanduet.untrusted import first_line
 from wanduet.weights.diffusers import COMPONENTS, PARTS, check_pipeline
 from wanduet.weights.forms import Form
 from wanduet.weights.names import diffusers_name, official_layout
@@ -160,8 +161,3 @@ def throw_away(folder: Path, names: list[str]) -> None:
         path.unlink(missing_ok=True)
         if blob.parent.name == "blobs":
             blob.unlink(missing_ok=True)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

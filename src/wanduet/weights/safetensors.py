@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 
 from wanduet.errors import WeightsError
 from wanduet.untrusted import (
-    MAX_HEADER_BYTES,
     check_regular,
     cut,
     not_safetensors,
@@ -29,7 +28,6 @@ from wanduet.weights.source import TensorInfo, WeightSource, fetch_again, some_o
 if TYPE_CHECKING:  # configs and headers are read and checked before torch is imported
     from torch import Tensor
 
-HEADER_LIMIT = MAX_HEADER_BYTES
 # Bits per value, by safetensors' dtype names.
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -134,19 +132,11 @@ def check_pointer(path: Path) -> None:
         )
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """Return the JSON header of a safetensors file; reads no tensors.
-
-    Raises OSError, or ValueError for a file that is damaged or has another format.
-    """
-    return read_safetensors_header(path, HEADER_LIMIT)
-
-
 def _contents_of(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Return the entries of a file's header, checked against each other and against the file's size, and its metadata."""
     check_pointer(path)
     try:
-        header = read_header(path)
+        header = read_safetensors_header(path)
         size = check_regular(path)
         with open_regular(path) as file:
             (length,) = struct.unpack("<Q", file.read(8))

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.packed import pack_blocks
 from wanduet.accelerate import host_memory
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import BlockStream, allocate_streamed, stream_blocks, streamed_indices
-from wanduet.accelerate.packing import pack_blocks, packed_buffer
+from wanduet.accelerate.packing import packed_buffer
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.models.dit.model import WanTransformer
 

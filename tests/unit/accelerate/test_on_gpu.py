@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.packed import pack_blocks
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import allocate_streamed, stream_blocks
-from wanduet.accelerate.packing import allocate_packed, move_packed, packed_buffer
+from wanduet.accelerate.packing import allocate_packed, packed_buffer
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.models.dit.model import WanTransformer
 
@@ -67,7 +68,7 @@ def test_a_resident_model_gives_its_memory_back(model) -> None:
     assert torch.equal(output(model, 0), expected)
     stream.close()
     assert torch.cuda.memory_allocated() <= before - 6 * block + 2**20
-    move_packed(model, DEVICE)
+    pack_blocks(model, DEVICE)
     assert all(packed_buffer(b).is_cuda for b in model.blocks)
     assert torch.equal(output(model, 0), expected)
 

@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.packed import pack_blocks
 from wanduet.accelerate import packing
-from wanduet.accelerate.packing import BlockLayout, allocate_packed, move_packed, pack_blocks, packed_buffer
+from wanduet.accelerate.packing import BlockLayout, allocate_packed, packed_buffer
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.kernels.dit.plain import TORCH_KERNELS, linear
 from wanduet.kernels.views import side_by_side
@@ -67,14 +68,6 @@ def test_q_k_and_v_are_one_product_only_while_they_lie_side_by_side(model) -> No
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     torch.testing.assert_close(output(model), expected, rtol=1e-5, atol=1e-6)
     assert (144, 48) not in shapes
-
-
-def test_packing_again_changes_nothing(model) -> None:
-    pack_blocks(model)
-    where = [packed_buffer(block).data_ptr() for block in model.blocks]
-    pack_blocks(model)
-    move_packed(model, CPU)
-    assert [packed_buffer(block).data_ptr() for block in model.blocks] == where
 
 
 def test_a_block_whose_parameter_was_replaced_is_not_packed(model) -> None:

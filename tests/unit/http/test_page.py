@@ -19,10 +19,9 @@ from wanduet.doors.http.errors import ApiError
 from wanduet.doors.http.keys import KeyRing
 from wanduet.doors.page import words
 from wanduet.doors.page.actions import PageActions
-from wanduet.doors.page.app import mount_page
 from wanduet.doors.page.forms import Form, Presets, default_form, fields_of
 from wanduet.doors.page.models import model_words
-from wanduet.doors.page.routes import STATIC
+from wanduet.doors.page.routes import STATIC, mount_page
 from wanduet.errors import InvalidRequestError
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.jobs.records import JobError, OutputFile, StoredJob

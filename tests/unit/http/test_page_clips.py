@@ -15,8 +15,8 @@ from wanduet.config import EngineConfig
 from wanduet.doors.http.context import ServerSettings
 from wanduet.doors.page import words
 from wanduet.doors.page.actions import PageActions
-from wanduet.doors.page.app import mount_page
 from wanduet.doors.page.clips import Clip, clip_of
+from wanduet.doors.page.routes import mount_page
 from wanduet.errors import InvalidRequestError, WanduetError
 from wanduet.media.input_video import read_source
 from wanduet.request import ResolvedRequest

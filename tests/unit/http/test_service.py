@@ -287,12 +287,13 @@ def test_bugs_tell_nothing(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_health_and_ready(make_api: Any) -> None:
-    alive = [True]
-    api = make_api(worker_ready=lambda: alive[0])
+    worker = Worker()
+    worker.trouble = None
+    api = make_api(worker=worker)
     assert (api.http.get("/health").json()["status"], api.http.get("/ready").status_code) == ("ok", 200)
-    alive[0] = False
+    worker.trouble = Worker.trouble
     assert (api.http.get("/ready").status_code, api.http.get("/ready").json()["status"]) == (503, "no worker")
-    alive[0] = True
+    worker.trouble = None
     api.context.draining.set()
     assert api.http.get("/ready").json()["status"] == "draining"
     assert api.http.get("/health").status_code == 200
@@ -462,7 +463,7 @@ def test_the_schema_names_every_field(api: Any) -> None:
 def test_readiness_names_a_lost_store_and_not_the_worker_that_ended_with_it(
     make_api: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    api = make_api(worker_ready=lambda: False)
+    api = make_api(worker=Worker())
 
     def gone(*_: Any, **__: Any) -> None:
         raise StoreGoneError("data is gone.", hint="Put it back.")

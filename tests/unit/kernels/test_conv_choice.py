@@ -28,9 +28,9 @@ SMALL = "64x(64+32)"
 
 @pytest.fixture(autouse=True)
 def new_process() -> Iterator[None]:
-    conv_choice.forget()
+    conv_choice.CHOSEN.clear()
     yield
-    conv_choice.forget()
+    conv_choice.CHOSEN.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +137,7 @@ def test_the_fastest_is_chosen_once_and_remembered(measured, tmp_path: Path, mon
     assert measured == [("128x(64+32)", SMALL), ("128x(128+64)", SMALL, "64x(128+0)")]
     assert chosen_tile(CUDA, 96, torch.bfloat16) is None
     measured.clear()
-    conv_choice.forget()  # the next process
+    conv_choice.CHOSEN.clear()  # the next process
     assert choose(may_measure=False) == [SMALL, None, "64x(128+0)"]
     for change in (
         lambda: monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Another Card"),
@@ -145,7 +145,7 @@ def test_the_fastest_is_chosen_once_and_remembered(measured, tmp_path: Path, mon
         lambda: (tmp_path / CHOICES_FILE).write_text('{"damaged": '),
     ):
         change()
-        conv_choice.forget()
+        conv_choice.CHOSEN.clear()
         assert choose() == [SMALL, None, "64x(128+0)"]
         assert len(measured) == 2
         measured.clear()

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from wanduet.accelerate.packing import pack_blocks
+from tests.packed import pack_blocks
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.kernels.dit import plain
 from wanduet.kernels.dit.plain import Norm, QKNorm

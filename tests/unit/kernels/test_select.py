@@ -94,28 +94,28 @@ def test_what_did_not_work_is_planned_for_by_this_process_and_by_the_next(monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some Card")
     monkeypatch.setattr(select, "triton_problem", lambda: None)
-    assert select.plans_fused_kernels("cuda:0")
+    assert select.plans_triton(select.TRITON, "cuda:0")
 
     def wrong(*args: object) -> torch.Tensor:
         return 2 * TORCH_KERNELS.norm(*args)
 
     offered(monkeypatch, dataclasses.replace(TORCH_KERNELS, name="triton", norm=wrong))
     select.kernels_for(CUDA, torch.bfloat16)
-    assert not select.plans_fused_kernels("cuda:0")
+    assert not select.plans_triton(select.TRITON, "cuda:0")
     assert select.planned_vae_kernels("cuda:0").name == "triton"
     verdicts.write_verdicts(tmp_path)
 
     verdicts.forget()
     verdicts.read_verdicts(tmp_path)
-    assert not select.plans_fused_kernels("cuda:0")
+    assert not select.plans_triton(select.TRITON, "cuda:0")
     verdicts.forget()
     monkeypatch.setattr(verdicts, "machine_state", lambda: "another driver")
     verdicts.read_verdicts(tmp_path)
-    assert select.plans_fused_kernels("cuda:0")
+    assert select.plans_triton(select.TRITON, "cuda:0")
 
     offered(monkeypatch, dataclasses.replace(TORCH_KERNELS, name="triton"))
     select.kernels_for(CUDA, torch.bfloat16)
-    assert select.plans_fused_kernels("cuda:0")
+    assert select.plans_triton(select.TRITON, "cuda:0")
 
 
 def test_a_gpu_that_is_not_here_is_planned_for_beside_one_that_is(monkeypatch) -> None:
@@ -131,10 +131,10 @@ def test_a_gpu_that_is_not_here_is_planned_for_beside_one_that_is(monkeypatch) -
     monkeypatch.setattr(torch.cuda, "get_device_name", name_of)
     monkeypatch.setattr(select, "triton_problem", lambda: None)
     verdicts.remember_failure("norm", torch.device("cpu"))
-    assert select.plans_fused_kernels("cuda:0")
+    assert select.plans_triton(select.TRITON, "cuda:0")
     verdicts.remember_failure("norm", torch.device("cuda:0"))
-    assert not select.plans_fused_kernels("cuda:0")
-    assert select.plans_fused_kernels("cuda:1")
+    assert not select.plans_triton(select.TRITON, "cuda:0")
+    assert select.plans_triton(select.TRITON, "cuda:1")
     assert select.planned_vae_kernels("cuda:1").name == "triton"
 
 
@@ -149,7 +149,7 @@ def test_short_memory_says_nothing_about_a_kernel(monkeypatch) -> None:
 
     offered(monkeypatch, dataclasses.replace(TORCH_KERNELS, name="triton", norm=short))
     assert select.kernels_for(CUDA, torch.bfloat16).norm is TORCH_KERNELS.norm
-    assert select.plans_fused_kernels("cuda:0")
+    assert select.plans_triton(select.TRITON, "cuda:0")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 1}', '{"x": {"state": "y"}}', '{"x": {"plain": 3}}'])

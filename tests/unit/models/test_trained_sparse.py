@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.packed import pack_blocks
 from tests.trained_references import heads_first, reference_sla, reference_vsa
 from wanduet.accelerate.formats import set_format
 from wanduet.accelerate.host_memory import HostMemory
 from wanduet.accelerate.offload import stream_blocks
-from wanduet.accelerate.packing import allocate_packed, pack_blocks
+from wanduet.accelerate.packing import allocate_packed
 from wanduet.family.wan21 import WAN_1_3B
 from wanduet.kernels.attention.backends import sdpa
 from wanduet.kernels.attention.trained import TrainedSparse

@@ -442,8 +442,7 @@ def test_attention_and_kernels_of_a_gpu_that_is_here(memories, gpu_here, monkeyp
 
 @pytest.mark.parametrize("triton", [True, False])
 def test_kernels_are_told_as_far_as_they_are_known(memories, gpu_here, monkeypatch, triton) -> None:
-    for name in ("plans_fused_kernels", "plans_fused_vae_kernels"):
-        monkeypatch.setattr(explain, name, lambda device: triton)
+    monkeypatch.setattr(explain, "plans_triton", lambda what, device: triton)
     monkeypatch.setattr(explain, "triton_problem", lambda: None if triton else "Triton is not installed")
     found = explained(memories, gpu_here)
     for setting in ("kernels", "vae_kernels"):

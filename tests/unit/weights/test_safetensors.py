@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save, save_file
 
 from wanduet.errors import WeightsError
-from wanduet.weights.safetensors import HEADER_LIMIT, TensorFiles
+from wanduet.untrusted import MAX_HEADER_BYTES
+from wanduet.weights.safetensors import TensorFiles
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         b"",
         b"1234567",
         b"not a safetensors file at all",
-        struct.pack("<Q", HEADER_LIMIT + 1) + b"{}",
+        struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}",
         struct.pack("<Q", 2**63),
         with_header(b"{broken"),
         with_header(b"\xff\xfe{}"),

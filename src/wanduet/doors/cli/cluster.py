@@ -1,7 +1,6 @@
 """The command line of clusters: the flags of `wanduet serve --cluster`, and `wanduet cluster status|drain|undrain`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -148,13 +147,8 @@ def undrain(node: str, *, data_dir: DataDir = None, database_url: Database = Non
     emit({"undrained": node}, json_)
 
 
-@contextmanager
-def _store(data_dir: Path | None, url: str | None) -> "Iterator[ClusterStore]":
+def _store(data_dir: Path | None, url: str | None) -> "AbstractContextManager[ClusterStore]":
     with extra("server"):
         from wanduet.cluster.store import ClusterStore
         from wanduet.jobs.files import JobFiles
-    store = ClusterStore(JobFiles(EngineConfig(data_dir=data_dir).data_folder), url)
-    try:
-        yield store
-    finally:
-        store.close()
+    return closing(ClusterStore(JobFiles(EngineConfig(data_dir=data_dir).data_folder), url))

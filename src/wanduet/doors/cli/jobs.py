@@ -1,8 +1,7 @@
 """The command line of the server: `wanduet serve`, `ui`, `jobs list|show|cancel|rm|adopt`, `keys add|list|rm`."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -165,8 +164,8 @@ def _run(flags: ServerFlags, config: EngineConfig, cluster: ClusterFlags, *, bro
             pass
     page = None
     if flags.page:
-        from wanduet.doors.page.app import mount_page
         from wanduet.doors.page.first_run import is_missing, wait_for_model
+        from wanduet.doors.page.routes import mount_page
 
         page = mount_page
     if config.model in RANDOM_SPECS:
@@ -337,16 +336,11 @@ def register(app: App) -> None:
     app.command(cluster_app)
 
 
-@contextmanager
-def _store(data_dir: Path | None, url: str | None) -> "Iterator[JobStore]":
+def _store(data_dir: Path | None, url: str | None) -> "AbstractContextManager[JobStore]":
     with extra("server"):
         from wanduet.jobs.files import JobFiles
         from wanduet.jobs.store import JobStore
-    store = JobStore(JobFiles(_folder(data_dir)), url)
-    try:
-        yield store
-    finally:
-        store.close()
+    return closing(JobStore(JobFiles(_folder(data_dir)), url))
 
 
 def _keys(folder: Path) -> "KeyRing":

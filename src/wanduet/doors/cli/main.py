@@ -24,7 +24,7 @@ from wanduet.doors.cli.places import Place, parse_place, place
 from wanduet.doors.cli.run import emit, run
 from wanduet.doors.cli.validate import check_folder, check_output, early_request, read_batch
 
-Json = Annotated[bool, Parameter(help="Print one JSON object on stdout.")]
+Json = Annotated[bool, Parameter(name="--json", help="Print one JSON object on stdout.")]
 Codec = Annotated[str, Parameter(help="h264, av1, vp9, or ffv1 (lossless).")]
 Quality = Annotated[int | None, Parameter(help="1 (smallest file) to 100 (best). Default: 75.", converter=whole)]
 Form = Literal["full", "bf16", "comfy"]
@@ -70,7 +70,7 @@ def generate(
     ] = False,
     embeddings: Embeddings = (),
     dry_run: Annotated[bool, Parameter(help="Print the plan, and stop.")] = False,
-    json_: Annotated[Json, Parameter(name="--json")] = False,
+    json_: Json = False,
 ) -> None:
     """Make a video from a prompt.
 
@@ -105,7 +105,7 @@ def batch(
         bool, Parameter(help="Make only what an interrupted run of the same batch has not made.")
     ] = False,
     embeddings: Embeddings = (),
-    json_: Annotated[Json, Parameter(name="--json")] = False,
+    json_: Json = False,
 ) -> None:
     """Make one video per line of a file: .txt (prompts), .jsonl (objects of fields) or .csv.
 
@@ -139,7 +139,7 @@ def plan(
     hardware: Annotated[
         str | None, Parameter(help="Plan for other GPUs: RTX 4090, 2x3090, h100, 24 (GiB), 24GiB+12GiB.")
     ] = None,
-    json_: Annotated[Json, Parameter(name="--json")] = False,
+    json_: Json = False,
 ) -> None:
     """Predict memory and time for a video, without loading anything.
 
@@ -167,7 +167,7 @@ def bench(
     video: VideoFlags = WANTED,
     engine: EngineFlags = OTHER,
     runs: Annotated[int, Parameter(help="Measured runs, after one to warm up.", converter=whole)] = 3,
-    json_: Annotated[Json, Parameter(name="--json")] = False,
+    json_: Json = False,
 ) -> None:
     """Measure how long a video takes on this machine. `--model random:1.3b` needs no weights.
 
@@ -188,7 +188,7 @@ def price(
     video: VideoFlags = WANTED,
     engine: EngineFlags = OTHER,
     prompts: Annotated[int, Parameter(help="Videos of each row, 1 to 8: the worst counts.", converter=whole)] = 4,
-    json_: Annotated[Json, Parameter(name="--json")] = False,
+    json_: Json = False,
 ) -> None:
     """Measure what each speed takes and loses with this model on this machine, against exact videos.
 
@@ -212,7 +212,7 @@ def encode(
     output: Annotated[
         Place | None, Parameter(name=["--output", "-o"], help="The embeddings' path, or a folder.", **PLACE)
     ] = None,
-    json_: Annotated[Json, Parameter(name="--json")] = False,
+    json_: Json = False,
 ) -> None:
     """Write a prompt's embeddings to a file, for `generate --embeddings`.
 
@@ -235,7 +235,7 @@ def decode(
     output: Output = None,
     codec: Codec = "h264",
     quality: Quality = None,
-    json_: Annotated[Json, Parameter(name="--json")] = False,
+    json_: Json = False,
 ) -> None:
     """Decode saved latents to a video. Default of --model: the one that made them.
 
@@ -250,9 +250,7 @@ def decode(
 
 
 @app.command(group=LOOK)
-def inspect(
-    target: str, *, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False
-) -> None:
+def inspect(target: str, *, engine: EngineFlags = OTHER, json_: Json = False) -> None:
     """Show what a file is and how it was made: a video, latents, embeddings, weights. A prompt: whether it is in the cache.
 
     ```sh
@@ -272,7 +270,7 @@ def download(
     trust: bool = False,
     form: Form | None = None,
     engine: EngineFlags = OTHER,
-    json_: Annotated[Json, Parameter(name="--json")] = False,
+    json_: Json = False,
 ) -> None:
     """Fetch a model beforehand, and check every file.
 
@@ -305,7 +303,7 @@ def convert(
     target: Path,
     *,
     engine: EngineFlags = OTHER,
-    json_: Annotated[Json, Parameter(name="--json")] = False,
+    json_: Json = False,
 ) -> None:
     """Write a model of any layout as a new folder in the layout of diffusers, in bfloat16 (the VAE in float32).
 
@@ -344,7 +342,7 @@ def verify(
         ),
     ] = (),
     engine: EngineFlags = OTHER,
-    json_: Annotated[Json, Parameter(name="--json")] = False,
+    json_: Json = False,
 ) -> None:
     """Make a video again from its own metadata and compare every frame.
 
@@ -361,7 +359,7 @@ def verify(
 
 
 @app.command(group=KEEP)
-def doctor(*, engine: EngineFlags = OTHER, json_: Annotated[Json, Parameter(name="--json")] = False) -> None:
+def doctor(*, engine: EngineFlags = OTHER, json_: Json = False) -> None:
     """Show what this machine has, what is missing, and what to do.
 
     ```sh

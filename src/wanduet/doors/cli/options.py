@@ -6,7 +6,7 @@ Precedence: flag, then `WANDUET_*` environment, then `wanduet.toml`, then defaul
 import codecs
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -286,27 +286,13 @@ class EngineFlags:
         """Return the engine's settings. Raises ConfigError."""
         if not 0 <= self.checkpoint_seconds < float("inf"):
             raise ConfigError(f"checkpoint_seconds={self.checkpoint_seconds}: it must be 0 or more.")
-        return EngineConfig(
-            model=self.model,
-            revision=self.revision,
-            **{name: _home(getattr(self, name), name) for name in ("transformer", "vae", "text_encoder", "tokenizer")},
-            strategy=self.strategy,
-            devices=self.devices,
-            device_speeds=None if self.device_speeds is None else parse_speeds(self.device_speeds),
-            transformer_dtype=self.transformer_dtype,
-            weights=self.weights,
-            vae_dtype=self.vae_dtype,
-            text_encoder_dtype=self.text_encoder_dtype,
-            text_encoder_hold=self.text_encoder_hold,
-            text_encoder_device=self.text_encoder_device,
-            tf32=self.tf32,
-            vram_limit=None if self.vram_limit is None else parse_bytes(self.vram_limit),
-            ram_limit=None if self.ram_limit is None else parse_bytes(self.ram_limit),
-            attention=self.attention,
-            cache_embeddings=self.cache_embeddings,
-            checkpoint_seconds=self.checkpoint_seconds,
-            data_dir=_home(self.data_dir, "data_dir"),
-        )
+        settings = asdict(self)  # the flags have the settings' names
+        for name, parse in (("device_speeds", parse_speeds), ("vram_limit", parse_bytes), ("ram_limit", parse_bytes)):
+            if settings[name] is not None:
+                settings[name] = parse(settings[name])
+        for name in ("transformer", "vae", "text_encoder", "tokenizer", "data_dir"):
+            settings[name] = _home(settings[name], name)
+        return EngineConfig(**settings)
 
 
 def lora_folder(given: Path | None, config: EngineConfig) -> Path:

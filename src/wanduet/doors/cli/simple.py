@@ -1,7 +1,8 @@
 """The entry point of `run_wan.py`: `wanduet generate` with defaults for three settings."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cyclopts import CycloptsError
 
@@ -19,12 +20,12 @@ def run(prompt: str, num_frames: int, resolution: tuple[int, int]) -> None:
 
 def arguments(flags: Sequence[str], prompt: str, num_frames: int, resolution: tuple[int, int]) -> list[str]:
     """Return the arguments of `generate`. The bundled models keep their own length and size unless flags set them."""
-    given = list(flags)
-    if not _has_prompt(given):
+    given, bound = list(flags), _bound(flags)
+    if bound is not None and not {"prompt", "embeddings"} & bound.keys():
         given.insert(0, f"--prompt={prompt}")
     names = {flag.split("=", 1)[0] for flag in given}
     settings: list[str] = []
-    if _model(given) not in BUNDLED:
+    if bound is None or getattr(bound.get("engine"), "model", None) not in BUNDLED:
         if not names.intersection(_LENGTH):
             settings += ["--num-frames", str(num_frames)]
         if not names.intersection(_SIZE):
@@ -32,19 +33,10 @@ def arguments(flags: Sequence[str], prompt: str, num_frames: int, resolution: tu
     return ["generate", *settings, *given]
 
 
-def _has_prompt(given: list[str]) -> bool:
+def _bound(flags: Sequence[str]) -> Mapping[str, Any] | None:
+    """Return the command's arguments by flag, environment or settings file; None if they are invalid."""
     try:
-        _, bound, _ = app.parse_args(["generate", *given], exit_on_error=False, print_error=False)
+        _, bound, _ = app.parse_args(["generate", *flags], exit_on_error=False, print_error=False)
     except CycloptsError:
-        return True  # the command reports the error when it runs
-    return bool({"prompt", "embeddings"} & set(bound.arguments))
-
-
-def _model(given: list[str]) -> str | None:
-    """Return the model by flag, environment or settings file; None if the arguments are invalid."""
-    try:
-        _, bound, _ = app.parse_args(["generate", *given], exit_on_error=False, print_error=False)
-    except CycloptsError:
-        return None
-    engine = bound.arguments.get("engine")
-    return getattr(engine, "model", None)
+        return None  # the command reports the error when it runs
+    return bound.arguments

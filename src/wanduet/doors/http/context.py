@@ -81,7 +81,6 @@ class ServerContext:
         spec: ModelSpec,
         settings: ServerSettings,
         keys: KeyRing,
-        worker_ready: Callable[[], bool] = lambda: True,
         worker: WorkerView | None = None,
     ) -> None:
         self.store = store
@@ -89,7 +88,6 @@ class ServerContext:
         self.settings = settings
         self.keys = keys
         self.loras = LoraFolder(settings.lora_dir, spec, settings.limits)
-        self.worker_ready = worker_ready
         self.worker = worker
         # Decided once, at the start: removing the last key, or the key file, must not open the server to everybody.
         self.require_key = not is_loopback(settings.host) or bool(keys.records())
@@ -115,8 +113,7 @@ class ServerContext:
 
     def show(self, *jobs: StoredJob) -> list[Video]:
         """Convert stored jobs to video objects; a queued one says why no worker takes jobs, if so. Reads files."""
-        waits = self.worker is not None and any(job.status == "queued" for job in jobs)
-        trouble = self.worker.trouble if waits and self.worker is not None else None
+        trouble = self.trouble if any(job.status == "queued" for job in jobs) else None
         return [to_video(job, trouble) for job in jobs]
 
     def to_request(self, fields: dict[str, Any], look: Callable[[], SourceVideo] | None = None) -> GenerationRequest:
@@ -130,6 +127,11 @@ class ServerContext:
             loras, spec = self.loras.resolve([Lora(**lora) for lora in values["loras"]])
             values["loras"] = [lora.model_dump() for lora in loras]
         return to_request(values, spec, self.settings.limits, look, self.price)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no worker takes jobs; None if one does, or if other processes have the workers."""
+        return None if self.worker is None else self.worker.trouble
 
     def check_accepting(self) -> None:
         """Raise ApiError (503) while the server drains."""

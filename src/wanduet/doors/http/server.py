@@ -78,17 +78,11 @@ def create_app(
     settings: ServerSettings | None = None,
     *,
     keys: KeyRing | None = None,
-    worker_ready: Callable[[], bool] = lambda: True,
     worker: WorkerView | None = None,
 ) -> FastAPI:
-    """Return the application over a job store.
-
-    `worker` says whether a worker takes jobs, and why none does, for `/ready` and for the metrics; `worker_ready` says
-    only whether.
-    """
+    """Return the application over a job store. `worker` says why no worker takes jobs, for `/ready` and for the metrics."""
     settings = settings or ServerSettings()
-    ready = worker_ready if worker is None else lambda: worker.trouble is None
-    context = ServerContext(store, spec, settings, keys or KeyRing(store.files.folder / KEYS_FILE), ready, worker)
+    context = ServerContext(store, spec, settings, keys or KeyRing(store.files.folder / KEYS_FILE), worker)
     # FastAPI's pages of documentation load scripts from other hosts: `/docs` is our own.
     app = FastAPI(title="wanduet", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
@@ -146,9 +140,8 @@ def _add_service_routes(app: FastAPI) -> None:
             # Check the store first: an unreachable store is also the reason that there is no worker, and has its own
             # 503.
             context.store.list(limit=1)
-            if not context.worker_ready():
-                status, reason = "no worker", context.worker.trouble if context.worker is not None else None
-                reason = None if reason is None else public_text(reason)
+            if (trouble := context.trouble) is not None:
+                status, reason = "no worker", public_text(trouble)
         content = Health(status=status, reason=reason).model_dump(exclude_none=True)
         return JSONResponse(content, 200 if status == "ready" else 503)
 

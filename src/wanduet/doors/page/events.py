@@ -56,9 +56,9 @@ def _last(page: Page) -> str | None:
 
 
 def _state(context: ServerContext, started: str) -> dict[str, Any]:
-    ready = context.worker_ready()
-    reason = None if ready or context.worker is None else context.worker.trouble
-    return {"started": started, "ready": ready, "reason": None if reason is None else public_text(reason)}
+    trouble = context.trouble
+    reason = None if trouble is None else public_text(trouble)
+    return {"started": started, "ready": trouble is None, "reason": reason}
 
 
 def _look(context: ServerContext, owner: str, known: Known) -> tuple[Known, list[str], Page]:

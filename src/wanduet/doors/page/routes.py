@@ -7,15 +7,17 @@ from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
 
+from wanduet.config import EngineConfig
 from wanduet.doors.http.bodies import read_fields
 from wanduet.doors.http.context import KEY_COOKIE, ServerContext, find_owner, get_context, get_owner
 from wanduet.doors.http.errors import ApiError
 from wanduet.doors.http.events import OwnersStream
 from wanduet.doors.http.keys import came_encrypted
+from wanduet.doors.http.restore import add_restore
 from wanduet.doors.page.actions import PageActions
 from wanduet.doors.page.clips import Clip
 from wanduet.doors.page.events import older, page_events
@@ -63,6 +65,14 @@ class StaticFile:
 def static_files() -> dict[str, StaticFile]:
     """Return the page's files by their names."""
     return {path.name: StaticFile(path) for path in sorted(STATIC.iterdir()) if path.suffix in MEDIA_TYPES}
+
+
+def mount_page(app: FastAPI, config: EngineConfig) -> FastAPI:
+    """Add the page at `/` to a server's application."""
+    actions = PageActions(app.state.context, config)
+    app.include_router(page_router(actions))
+    add_restore(app, actions.read)
+    return app
 
 
 def page_router(actions: PageActions) -> APIRouter:

@@ -1,10 +1,11 @@
 """Checks of a call's arguments before anything is loaded. Nothing is silently ignored."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
+from inspect import signature
 from math import isfinite
-from typing import Any, SupportsFloat
+from typing import Any, Self, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -57,6 +58,15 @@ class CallArguments:
     copies: int = field(init=False)  # videos of each prompt
     lora_scale: float = field(init=False)  # what multiplies the strengths of active LoRAs
     after: CallbackSettings = field(init=False)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """Take them from the parameters of a pipeline's call, by name; those that one pipeline has alone are left out."""
+        own, approximations = (
+            {name: given[name] for name in signature(kind).parameters if name in given}
+            for kind in (cls, Approximations)
+        )
+        return cls(**own, approximations=Approximations(**approximations))
 
     def __post_init__(
         self, prompt: Any, negative_prompt: Any, num_videos_per_prompt: Any, callback: Any, tensors: Any, progress: Any

@@ -8,12 +8,11 @@ from torch import Tensor
 
 from wanduet.doors.python.arguments import CallArguments, initial_latents, rounded_frames
 from wanduet.doors.python.base import PipelineBase
-from wanduet.doors.python.decode import as_output, decode_videos
-from wanduet.doors.python.encode import encode_videos
 from wanduet.doors.python.loop import PipelineLoop
 from wanduet.doors.python.parts import PipelineParts
 from wanduet.doors.python.schedule import Schedule
 from wanduet.doors.python.text import encode, repeated
+from wanduet.doors.python.videos import as_output, decode_videos, encode_videos
 from wanduet.planning.plan import Plan
 from wanduet.runtime.context import NO_JOB
 from wanduet.runtime.leases import VAE

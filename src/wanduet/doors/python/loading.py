@@ -13,6 +13,7 @@ from wanduet.doors.python.modules import check_scheduler
 from wanduet.doors.python.parts import PipelineParts, dtype_name
 from wanduet.errors import ModelNotFoundError
 from wanduet.family.registry import RANDOM_SPECS
+from wanduet.untrusted import first_line
 from wanduet.weights.diffusers import COMPONENTS, ModelFolder, open_folder
 from wanduet.weights.hub import local_model, open_model
 from wanduet.weights.json_files import read_json
@@ -152,9 +153,8 @@ def _from_hub(config: EngineConfig, options: Options) -> ModelFolder:
             )
         )  # fmt: skip
     except Exception as error:  # the type depends on what failed: network, permissions, name, cache
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFoundError(
-            f"{config.model} cannot be fetched: {reason}", hint="Check its name, and token=."
+            f"{config.model} cannot be fetched: {first_line(error)}", hint="Check its name, and token=."
         ) from error
     return open_folder(path, config.model, path.name)
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from wanduet.accelerate.step_cache import Run, StepCache, rule_of
+from wanduet.accelerate.step_cache import Run, Stateless, StepCache, rule_of
 from wanduet.doors.python.schedule import Schedule, with_noise
 from wanduet.errors import CancelledError
 from wanduet.family.step_caches import StepCacheSetting
@@ -23,7 +23,7 @@ from wanduet.runtime.loaded import SWAPPED_OUT, LoadedTransformer
 from wanduet.sampling.denoise import StepInfo, denoise
 from wanduet.sampling.guidance import Combination
 from wanduet.sampling.predictor import Predictor
-from wanduet.sampling.samplers import SchedulerSampler, State
+from wanduet.sampling.samplers import SchedulerSampler
 from wanduet.stages.fallback import DenoiseFallback
 from wanduet.stages.predict import time_embedding
 
@@ -94,7 +94,7 @@ class _PipelineSampler(SchedulerSampler):
         return super().step(velocity, index, latents)
 
 
-class _Forward:
+class _Forward(Stateless):
     """Predictor of one video by a transformer, one prompt after the other; without state.
 
     `rope`: of the latents' size. `step_of`: returns the request's step, by which attention may be sparse, of a call's.
@@ -111,13 +111,6 @@ class _Forward:
         times = torch.full((1,), step.timestep, dtype=torch.float32, device=latents.device)
         transformer, rope = self._denoiser.transformer, self._rope
         return [self._fallback(partial(transformer, latents, times, text, rope, step)) for text in conditions]
-
-    def state(self) -> State:
-        """See Predictor."""
-        return {}
-
-    def restore(self, state: State) -> None:
-        """See Predictor."""
 
 
 class PipelineLoop:

@@ -15,6 +15,7 @@ from torch import Tensor
 from wanduet.doors.python.loading import HUB, REFUSED
 from wanduet.errors import ModelNotFoundError
 from wanduet.family.spec import TransformerSpec
+from wanduet.untrusted import first_line
 from wanduet.weights.adapters.adapter import Adapter
 from wanduet.weights.adapters.files import CONFIG
 from wanduet.weights.adapters.reader import read_adapter
@@ -130,8 +131,7 @@ def _fetch(repository: str, options: LoraOptions) -> Path:
     except ModelNotFoundError:
         raise
     except Exception as error:  # the type depends on what failed: network, permissions, name, cache
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFoundError(
-            f"{repository} is neither a file nor a folder, and cannot be fetched: {reason}",
+            f"{repository} is neither a file nor a folder, and cannot be fetched: {first_line(error)}",
             hint="Check its name, and token=.",
         ) from error

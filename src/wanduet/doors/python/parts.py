@@ -19,7 +19,7 @@ from wanduet.doors.python.modules import (
     stamp,
     unwrapped,
 )
-from wanduet.doors.python.text import GivenPromptEncoder, with_tokenizer
+from wanduet.doors.python.text import GivenPromptEncoder, RetokenizedEncoder
 from wanduet.errors import InvalidRequestError
 from wanduet.family.registry import RANDOM_SPECS
 from wanduet.family.spec import ModelSpec
@@ -292,7 +292,7 @@ class PipelineParts:
         if self._text is None:
             if encoder is None:
                 assert self.base is not None
-                self._text = with_tokenizer(self.base, plan, tokenizer)
+                self._text = RetokenizedEncoder(self.base, plan, tokenizer)
             else:
                 self._text = GivenPromptEncoder(encoder, tokenizer if tokenizer is not None else self.tokenizer())
         return self._text
@@ -332,22 +332,12 @@ class PipelineParts:
             multiple = self.models.spec.size_multiple
             raise ValueError(f"height={height} and width={width} must be multiples of {multiple}.")
         try:
-            plan = self._plan(resolved)
+            # Other processes could not share this one's callback and scheduler.
+            plan = self.models.plan_here(resolved, self.config, self.hardware)
         except InvalidRequestError as error:  # of a device that cannot do it
             raise ValueError(str(error)) from None
         require_fit(plan, resolved)
         return resolved, plan
-
-    def _plan(self, request: ResolvedRequest) -> Plan:
-        """Make a plan without strategy `parallel`: other processes cannot share this one's callback and scheduler."""
-        plan = self.models.plan(request, self.config, self.hardware)
-        if plan.strategy != "parallel":
-            return plan
-        for strategy in ("placed", "single"):
-            plan = self.models.plan(request, replace(self.config, strategy=strategy), self.hardware)
-            if plan.prediction.fits:
-                break
-        return plan
 
 
 def dtype_name(dtype: Any) -> str:

@@ -7,7 +7,6 @@ import torch
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import Tensor
 
-from wanduet.doors.python.approximations import Approximations
 from wanduet.doors.python.arguments import GUIDANCE_SCALE, CallArguments, whole_number
 from wanduet.doors.python.base import PipelineBase
 from wanduet.doors.python.calls import refuse
@@ -116,17 +115,5 @@ class WanPipeline(PipelineBase):
         """
         if guidance_scale_2 is not None:
             raise ValueError("guidance_scale_2 is for Wan2.2's two transformers; this is Wan2.1.")
-        call = CallArguments(
-            prompt=prompt, negative_prompt=negative_prompt, height=height, width=width,
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-            num_videos_per_prompt=num_videos_per_prompt, generator=generator, latents=latents,
-            prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, output_type=output_type,
-            return_dict=return_dict, attention_kwargs=attention_kwargs, callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length, progress=progress,
-            approximations=Approximations(
-                speed, loss_budget, step_cache, guidance_gate, sparse, quantize, guidance_interval, guidance_mode,
-                quantize_attention, low_res_first,
-            ),
-        )  # fmt: skip
+        call = CallArguments.of(locals())
         return generate(self, call, Schedule(call.num_inference_steps), whole_number("num_frames", num_frames))

@@ -12,9 +12,9 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
-from wanduet.doors.python.decode import decode_videos
 from wanduet.doors.python.modules import CLASSES
 from wanduet.doors.python.parts import PipelineParts, dtype_name
+from wanduet.doors.python.videos import decode_videos
 from wanduet.family.spec import NOT_IN_CONFIG
 
 log = logging.getLogger(__name__)

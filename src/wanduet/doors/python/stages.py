@@ -24,21 +24,13 @@ from wanduet.planning.hardware import Hardware, detect
 from wanduet.planning.plan import Plan, require_fit
 from wanduet.planning.text import plan_text
 from wanduet.request import INPUT_HASH, GenerationRequest, ResolvedRequest
-from wanduet.runtime.context import Event
+from wanduet.runtime.context import Event, ignore, never
 from wanduet.sampling.denoise import Watch
-from wanduet.stages.decode import decode
+from wanduet.stages.decode import as_array, decode
 from wanduet.stages.encode_video import encode_video
 from wanduet.stages.task import Conditions, DenoiseTask
 
 _NO_TEXT = "-"  # the prompt of a request whose text is not known, or does not matter
-
-
-def _ignore(event: Event) -> None:
-    pass
-
-
-def _never() -> bool:
-    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +43,8 @@ class StageHooks:
     should raise.
     """
 
-    on_event: Callable[[Event], None] = _ignore
-    should_cancel: Callable[[], bool] = _never
+    on_event: Callable[[Event], None] = ignore
+    should_cancel: Callable[[], bool] = never
     on_preview: Callable[[bytes], None] | None = None
 
 
@@ -145,7 +137,7 @@ class VideoStages:
         stride = self.spec.vae.spatial_stride
         num_frames = (latents.shape[1] - 1) * self.spec.vae.temporal_stride + 1
         video = self._unprompted(latents.shape[2] * stride, latents.shape[3] * stride, num_frames, hooks)
-        return decode(self._models, video.plan, latents.float().cpu(), _gather, video.record, video.context)
+        return decode(self._models, video.plan, latents.float().cpu(), as_array, video.record, video.context)
 
     @torch.no_grad()
     def encode_frames(self, frames: NDArray[np.uint8] | NDArray[np.float32], hooks: StageHooks = NO_HOOKS) -> Tensor:
@@ -184,13 +176,7 @@ class VideoStages:
         return torch.tensor(vae.latents_mean).view(-1, 1, 1, 1), torch.tensor(vae.latents_std).view(-1, 1, 1, 1)
 
     def _plan(self, request: ResolvedRequest) -> Plan:
-        plan = self._models.plan(request, self.config, self._hardware)
-        if plan.strategy == "parallel":
-            for strategy in ("placed", "single"):
-                plan = self._models.plan(request, replace(self.config, strategy=strategy), self._hardware)
-                if plan.prediction.fits:
-                    break
-        return plan
+        return self._models.plan_here(request, self.config, self._hardware)
 
     def _unprompted(self, height: int, width: int, num_frames: int, hooks: StageHooks, encodes: bool = False) -> Video:
         """Return a video of a size, to plan its encode or its decode. Raises InvalidRequestError, DoesNotFitError."""
@@ -245,7 +231,3 @@ def _embeds(embeds: Tensor) -> PromptEmbeds:
 def _digest(tensor: Tensor) -> str:
     plain = tensor.detach().float().cpu().contiguous()
     return hashlib.sha256(str(list(plain.shape)).encode() + plain.numpy().tobytes()).hexdigest()
-
-
-def _gather(chunks: Iterator[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    return np.concatenate([chunk.copy() for chunk in chunks])  # a chunk's memory is reused

@@ -58,17 +58,12 @@ class _GivenTokenizer(Tokenizer):
         self._tokenizer = tokenizer
 
 
-class _RetokenizedEncoder(CachedPromptEncoder):
+class RetokenizedEncoder(CachedPromptEncoder):
     """The checkpoint's encoder with another tokenizer; without a cache, whose keys do not include the tokenizer."""
 
     def __init__(self, folder: ModelFolder, plan: Plan, tokenizer: Any) -> None:
         super().__init__(folder, plan.text.dtype, plan.text.on_host, None)
         self._tokenizer = _GivenTokenizer(tokenizer)
-
-
-def with_tokenizer(folder: ModelFolder, plan: Plan, tokenizer: Any) -> PromptEncoder:
-    """Return a folder's text encoder, with a tokenizer of transformers' in place of its own."""
-    return _RetokenizedEncoder(folder, plan, tokenizer)
 
 
 def encode(encoder: PromptEncoder, texts: list[str], max_tokens: int, copies: int) -> Tensor:

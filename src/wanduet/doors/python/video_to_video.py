@@ -7,13 +7,12 @@ import torch
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import Tensor
 
-from wanduet.doors.python.approximations import Approximations
 from wanduet.doors.python.arguments import GUIDANCE_SCALE, CallArguments, fraction
 from wanduet.doors.python.base import PipelineBase
-from wanduet.doors.python.encode import read_videos
 from wanduet.doors.python.generate import generate
 from wanduet.doors.python.loop import Callback, Progress
 from wanduet.doors.python.schedule import Schedule
+from wanduet.doors.python.videos import read_videos
 from wanduet.family.attention import QuantizeAttention
 from wanduet.family.guidance import GuidanceMode
 from wanduet.family.speeds import SpeedName
@@ -85,19 +84,7 @@ class WanVideoToVideoPipeline(PipelineBase):
 
         Raises ValueError for arguments that are not supported.
         """
-        call = CallArguments(
-            prompt=prompt, negative_prompt=negative_prompt, height=height, width=width,
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-            num_videos_per_prompt=num_videos_per_prompt, generator=generator, latents=latents,
-            prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, output_type=output_type,
-            return_dict=return_dict, attention_kwargs=attention_kwargs, callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length, progress=progress,
-            approximations=Approximations(
-                speed, loss_budget, step_cache, guidance_gate, sparse, quantize, guidance_interval, guidance_mode,
-                quantize_attention, low_res_first,
-            ),
-        )  # fmt: skip
+        call = CallArguments.of(locals())
         schedule = Schedule(call.num_inference_steps, timesteps, fraction("strength", strength))
         schedule.check(self.scheduler)
         if video is not None and latents is not None:

@@ -79,11 +79,6 @@ def _table(tiles: Sequence[Tile], key: Key, folder: Path, may_measure: bool) -> 
     return table
 
 
-def forget() -> None:
-    """Delete all choices of this process, for tests."""
-    CHOSEN.clear()
-
-
 @torch.no_grad()
 def measure(tiles: Sequence[Tile], width: int, dtype: torch.dtype, device: torch.device) -> Table:
     """Check each tile on a convolution of `width` channels; time alternately those with the first one's result."""

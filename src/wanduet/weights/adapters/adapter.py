@@ -14,10 +14,8 @@ class Adapter:
 
     `name`: the file's name without its ending. `sha256`: of the file; of both files' hashes for a PEFT folder, whose
     adapter_config.json changes the updates too. `updates`: by parameter name of the Diffusers checkpoint
-    (`blocks.0.attn1.to_q.weight`). `ignored`: number of tensors that were left out, by the reason. `ranks`, `alphas`:
-    lowest and highest; None if no module has any. `kinds`: `lora`, `loha`, `lokr`, `dora`, `diff`. `num_bytes`: of all
-    tensors of `updates`, as stored. `hidden_size`: of the transformer it was made for; None if no tensor shows it.
-    `few_step`: how a known few-step LoRA is sampled; None for other LoRAs.
+    (`blocks.0.attn1.to_q.weight`). `ignored`: number of tensors that were left out, by the reason. `num_bytes`: of all
+    tensors of `updates`, as stored. `few_step`: how a known few-step LoRA is sampled; None for other LoRAs.
     """
 
     path: Path
@@ -25,9 +23,5 @@ class Adapter:
     sha256: str
     updates: Mapping[str, Update] = field(repr=False)
     ignored: Mapping[str, int]
-    ranks: tuple[int, int] | None
-    alphas: tuple[float, float] | None
-    kinds: tuple[str, ...]
     num_bytes: int
-    hidden_size: int | None
     few_step: FewStep | None

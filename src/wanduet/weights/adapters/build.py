@@ -14,8 +14,10 @@ if TYPE_CHECKING:  # headers are read and checked before torch is imported
 
 @dataclass(frozen=True)
 class Facts:
-    """What one module's tensors are: `kinds` as in `Adapter`. `rank`, `alpha`: None where it has none. `scale`: factor of
-    the product."""
+    """What one module's tensors are.
+
+    `kinds`: of `lora`, `loha`, `lokr`, `dora`, `diff`. `rank`, `alpha`: None where it has none. `scale`: factor of the product.
+    """
 
     kinds: tuple[str, ...]
     rank: int | None

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanduet.errors import ModelNotFoundError, WeightsError
-from wanduet.untrusted import cut, describe_file, open_regular
+from wanduet.untrusted import cut, describe_file, open_regular, read_safetensors_header
 from wanduet.weights.adapters.config import AdapterConfig, parse_config, parse_metadata
 from wanduet.weights.json_files import read_json
 from wanduet.weights.pickles import load_tensors
-from wanduet.weights.safetensors import TensorFiles, read_header
+from wanduet.weights.safetensors import TensorFiles
 from wanduet.weights.source import FETCH_MODEL, some_of
 
 if TYPE_CHECKING:  # headers are read and checked before torch is imported
@@ -54,7 +54,7 @@ class AdapterFile:
     def metadata(self) -> Mapping[str, Any]:
         """The metadata of a safetensors header; empty for other files."""
         _ = self.shapes  # reports a damaged header
-        found = {} if self._pickled is not None else read_header(self.weights).get("__metadata__", {})
+        found = {} if self._pickled is not None else read_safetensors_header(self.weights).get("__metadata__", {})
         return found if isinstance(found, dict) else {}
 
     @cached_property

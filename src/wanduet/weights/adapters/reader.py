@@ -10,7 +10,7 @@ from wanduet.family.registry import MEMBERS
 from wanduet.family.spec import TransformerSpec
 from wanduet.weights.adapters.adapter import Adapter
 from wanduet.weights.adapters.build import Facts, facts_of, updates_of
-from wanduet.weights.adapters.facts import alpha_names, few_step_of, range_of, sorted_keys, tensor_shapes
+from wanduet.weights.adapters.facts import alpha_names, few_step_of, sorted_keys, tensor_shapes
 from wanduet.weights.adapters.files import AdapterFile, open_adapter
 from wanduet.weights.adapters.keys import Keys
 from wanduet.weights.adapters.layout import check_shapes, hidden_size
@@ -38,7 +38,7 @@ def measure_adapter(path: Path, transformer: TransformerSpec, shapes: Mapping[st
     shows."""
     import torch
 
-    file, keys, given, _ = _checked(path, transformer, shapes)
+    file, keys, given = _checked(path, transformer, shapes)
     used = [name for group in keys.groups.values() for name in group.values()]
     tensors = {name: torch.empty(file.shapes[name], device="meta") for name in used}
     facts = {module: facts_of(module, given[module], None, file.config) for module in keys.groups}
@@ -52,7 +52,7 @@ def read_adapter(path: Path, transformer: TransformerSpec, shapes: Mapping[str, 
     a file that does not exist or is no LoRA, WeightsError for a damaged one or one that does not fit the transformer.
     Everything that the header shows is checked before tensors are read.
     """
-    file, keys, given, hidden = _checked(path, transformer, shapes)
+    file, keys, given = _checked(path, transformer, shapes)
     tensors = file.read([name for group in keys.groups.values() for name in group.values()])
     _require_equal(path, keys, file, tensors)
     alphas = {module: float(tensors[name]) for module, name in alpha_names(file, keys).items()}
@@ -63,19 +63,15 @@ def read_adapter(path: Path, transformer: TransformerSpec, shapes: Mapping[str, 
         sha256=file.sha256(),
         updates=_updates(keys, tensors, facts, shapes),
         ignored=dict(keys.ignored),
-        ranks=range_of(one.rank for one in facts.values()),
-        alphas=range_of(one.alpha for one in facts.values()),
-        kinds=tuple(sorted({kind for one in facts.values() for kind in one.kinds})),
         num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        hidden_size=hidden,
         few_step=few_step_of(file),
     )
 
 
 def _checked(
     path: Path, transformer: TransformerSpec, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[AdapterFile, Keys, dict[str, dict[str, tuple[int, ...]]], int | None]:
-    """Open a file and check its header. Return it, its names, the shapes by module and meaning, and the hidden size."""
+) -> tuple[AdapterFile, Keys, dict[str, dict[str, tuple[int, ...]]]]:
+    """Open a file and check its header. Return it, its names, and the shapes by module and meaning."""
     file = open_adapter(path)
     keys = sorted_keys(file)
     hidden = hidden_size(tensor_shapes(file, keys))
@@ -89,7 +85,7 @@ def _checked(
     given = tensor_shapes(file, keys)
     for module, found in given.items():
         check_shapes(path, module, found, (shapes[_parameter(module, shapes)], shapes.get(f"{module}.bias")))
-    return file, keys, given, hidden
+    return file, keys, given
 
 
 def _updates(

@@ -1,4 +1,4 @@
-"""Reads the videos of a `WanVideoToVideoPipeline` call, and encodes them to latents."""
+"""A call's videos: reads and encodes those that it begins with, decodes latents to those that it returns."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wanduet.doors.python.arguments import CallArguments
@@ -13,9 +14,11 @@ from wanduet.doors.python.parts import PipelineParts
 from wanduet.models.vae.encode import Frames
 from wanduet.planning.plan import Plan
 from wanduet.runtime.context import NO_JOB
+from wanduet.stages.decode import as_array, decode
 from wanduet.stages.encode_video import encode_video
 from wanduet.stages.record import VideoRecord
 
+Decoded = NDArray[np.uint8]  # [F, H, W, 3]
 # How far pixels may be outside of -1..1, as resizing makes them; beyond, the scale is another: 0..255.
 ASIDE = 1.0
 
@@ -65,3 +68,32 @@ def encode_videos(parts: PipelineParts, videos: Tensor, plan: Plan) -> Tensor:
             for index, video in enumerate(videos)
         ]
     )
+
+
+def decode_videos(parts: PipelineParts, latents: Tensor, plan: Plan | None = None) -> list[Decoded]:
+    """Decode normalised latents `[B, 16, T, h, w]` to B videos. `plan` is the call's; None makes one.
+
+    Raises OutOfMemoryError, NonFiniteFramesError.
+    """
+    if plan is None:
+        vae = parts.spec.vae
+        frames, height, width = latents.shape[2:]
+        size = (height * vae.spatial_stride, width * vae.spatial_stride, (frames - 1) * vae.temporal_stride + 1)
+        _, plan = parts.plan_video(size, guided=False)
+    return [
+        decode(parts.models, plan, one, as_array, VideoRecord(index, 0), NO_JOB)
+        for index, one in enumerate(latents.float().cpu())
+    ]
+
+
+def as_output(videos: list[Decoded], output_type: str) -> Any:
+    """Convert videos to diffusers' output.
+
+    `np`: `[B, F, H, W, 3]`; `pt`: `[B, F, 3, H, W]`; both float32 in 0..1. `pil`: a list of PIL images for each video.
+    """
+    if output_type == "pil":
+        from PIL import Image
+
+        return [[Image.fromarray(frame) for frame in video] for video in videos]
+    values = np.stack(videos).astype(np.float32) / 255.0
+    return values if output_type == "np" else torch.from_numpy(values).permute(0, 1, 4, 2, 3)
