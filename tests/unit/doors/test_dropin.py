@@ -5,6 +5,7 @@ import gc
 import pickle
 import threading
 import weakref
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch import Tensor
 
 import wanduet
 from wanduet.config import EngineConfig
+from wanduet.doors.python.approximations import Approximations
+from wanduet.doors.python.arguments import CallArguments
 from wanduet.doors.python.parts import PipelineBusyError
 from wanduet.engine.pipeline import Engine
 from wanduet.errors import ConfigError, ModelNotFoundError
@@ -607,3 +610,17 @@ def test_arguments_of_a_wrong_kind_are_named(pipe, wrong) -> None:
 
 def test_a_size_that_a_program_computed_as_a_float(pipe) -> None:
     assert torch.equal(latents(pipe, height=32.0), latents(pipe, height=32))
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("WanPipeline", {"guidance_scale_2", "num_frames"}),
+        ("WanVideoToVideoPipeline", {"video", "strength", "timesteps"}),
+    ],
+)
+def test_every_argument_of_a_call_is_taken_by_its_name(name: str, own: set[str]) -> None:
+    named = signature(getattr(wanduet, name).__call__).parameters.keys() - {"self"}
+    taken = signature(CallArguments).parameters.keys() | signature(Approximations).parameters.keys()
+    assert named - taken == own
+    assert taken - named == {"approximations"}
