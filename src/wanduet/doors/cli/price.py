@@ -47,7 +47,8 @@ def _announce(measurement: Measurement) -> None:
         return
     seconds = format_seconds(measurement.seconds_left)
     print(
-        f"{size}: {videos} video{'s' * (videos > 1)} to make, about {seconds} once the model is loaded.",
+        f"{size}: {videos} video{'s' * (videos > 1)} to make, about {seconds} once the model is loaded and, the first time on "
+        "a GPU, kernels are compiled, which takes a minute or two.",
         file=sys.stderr,
     )
     print("Ctrl-C stops it; the same command goes on where it stopped.", file=sys.stderr)
