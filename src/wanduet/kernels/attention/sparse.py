@@ -64,13 +64,9 @@ class KeyLists:
 ListedFn: TypeAlias = Callable[[Tensor, Tensor, Tensor, KeyLists], tuple[Tensor, Tensor]]
 
 
-def sparse_attention(q: Tensor, k: Tensor, v: Tensor, lists: KeyLists) -> Tensor:
-    """Return attention `[B, L, H, D]` of each query to the keys that its list names, by any kernel that runs here."""
-    return sparse_attention_with_lse(q, k, v, lists)[0]
-
-
 def sparse_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, lists: KeyLists) -> tuple[Tensor, Tensor]:
-    """Return `sparse_attention`, and the natural logarithm of each query's sum of exponentials, `[B, H, L]` float32.
+    """Return attention `[B, L, H, D]` of each query to the keys that its list names, by any kernel that runs here, and the
+    natural logarithm of each query's sum of exponentials, `[B, H, L]` float32.
 
     With gradients, the plain form runs, through which they pass.
     """
