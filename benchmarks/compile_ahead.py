@@ -237,7 +237,7 @@ def quantized(
         for format, eight in FORMATS.items():
             if (format == "fp8" and capability < 89) or only not in ("", format):
                 continue
-            for product, multiply in products(eight, CARDS[capability][0]).items():
+            for product, multiply in products(eight).items():
                 if not product.startswith("triton") or (brief and product != TILES[0].name):
                     continue  # PyTorch's, and other tiles
                 kernels = replace(TRITON_QUANTIZED, quantized_linear=multiply)

@@ -19,7 +19,6 @@ import torch
 from _common import DEVICE, LATENT_SIZES, ON_GPU, TINY, Report, clear_memory, peak_memory, relative_error, timed
 from transformer_forward import BF16, SPEC, Job, tuned_model
 
-from wanduet.kernels.device import shared_memory
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Norm
 from wanduet.kernels.dit.quantized import DTYPES, TORCH_QUANTIZED, EightBits, QuantizedKernels, QuantizedRows
 from wanduet.kernels.dit.weight import Weight
@@ -56,7 +55,7 @@ def candidates(format: EightBits) -> dict[str, Callable[..., None]]:
         return {"torch": TORCH_QUANTIZED.quantized_linear}
     from wanduet.kernels.dit.gpu_quantized import multiply_by_scaled_mm, products
 
-    found: dict[str, Callable[..., None]] = dict(products(DTYPES[format], shared_memory(DEVICE)))
+    found: dict[str, Callable[..., None]] = dict(products(DTYPES[format]))
     if format == "fp8":
         found["torch._scaled_mm, fast sums"] = partial(multiply_by_scaled_mm, fast=True)
     return found

@@ -23,6 +23,8 @@ MOST_STACK = 48  # bytes a thread: a few registers' worth beside the 255 that th
 # whose other tiles were not measured yet.
 KNOWN = {("_redo_kernel", capability): 256 for capability in CAPABILITIES}
 KNOWN |= {("_text_attention_kernel", 90): 704}
+# In 8 bits, where two programs on a multiprocessor are faster, though their registers then do not hold everything.
+KNOWN |= {("_attend_kernel", 90): 192}
 KNOWN |= {
     ("_product_kernel", capability): 192 for capability in (80, 90)
 }  # of sizes that no video model is trained for

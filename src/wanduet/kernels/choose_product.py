@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from wanduet.kernels.check import relative
-from wanduet.kernels.device import shared_memory
 from wanduet.kernels.dit.gpu_quantized import TRITON_QUANTIZED, Product, products
 from wanduet.kernels.dit.quantized import DTYPES, TORCH_QUANTIZED, EightBits, QuantizedKernels, QuantizedRows
 from wanduet.kernels.measurements import Table, Timing, free_bytes, is_valid, read_table, stamped, write_table
@@ -35,7 +34,7 @@ def choose_product(
 
     `widths`: channels of the tokens, and of the feed-forward. Measurements are stored in `folder`.
     """
-    offered = products(DTYPES[format], shared_memory(device))
+    offered = products(DTYPES[format])
     names = ", ".join(offered)
     key = f"{torch.cuda.get_device_name(device)}|{format}|{dtype}|{widths}|{names}"
     table = read_table(folder, key, CHOICES_FILE)

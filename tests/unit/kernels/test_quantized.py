@@ -133,7 +133,7 @@ def test_every_product_in_the_interpreter(kernels, format: str, inputs: int) -> 
     x, matrix = quantized(torch.randn(2, 70, inputs), format), weight(format, 160, inputs)
     bias, expected = torch.randn(160), torch.empty(2, 70, 160)
     TORCH_QUANTIZED.quantized_linear(x, matrix, bias, expected)
-    products = kernels.products(DTYPES[format], 2**30)
+    products = kernels.products(DTYPES[format])
     assert len(products) > 2
     for product in products.values():
         wide = torch.full((2, 75, 160), torch.nan)
@@ -168,9 +168,7 @@ def test_a_product_of_operands_with_gaps_is_refused(kernels) -> None:
         kernels.TRITON_QUANTIZED.quantized_linear(gaps, matrix, torch.randn(32), torch.empty(1, 4, 32))
 
 
-def test_wide_tiles_are_offered_on_gpus_with_wgmma_only(kernels) -> None:
-    narrow, wide = (set(kernels.products(torch.float8_e4m3fn, shared)) for shared in (101_376, 232_448))
-    assert narrow < wide
+def test_tiles_fit_the_shared_memory_of_every_card(kernels) -> None:
     assert all((tile.rows + tile.columns) * tile.channels * tile.stages <= 101_376 for tile in kernels.TILES)
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wanduet.kernels.device import WGMMA_SHARED_MEMORY, on_device_of
+from wanduet.kernels.device import on_device_of
 from wanduet.kernels.dit.gpu import launch_residual_norm, launch_shape, store_quantized
 from wanduet.kernels.dit.plain import Norm
 from wanduet.kernels.dit.quantized import INT_MM_TOKENS, LARGEST, QuantizedKernels, QuantizedRows
@@ -48,8 +48,6 @@ class Tile:
 
 
 TILES = (Tile(128, 128, 128, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 128, 4, 4))
-# Of fp8 on GPUs with wgmma. Others have sums and operands in registers together, for which these do not suffice.
-WGMMA_TILES = (Tile(128, 256, 128, 8, 3), Tile(128, 256, 64, 8, 4))
 
 
 @triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
@@ -196,13 +194,11 @@ def multiply_by_int_mm(x: QuantizedRows, weight: QuantizedRows, bias: Tensor, ou
                 )  # fmt: skip
 
 
-def products(dtype: torch.dtype, shared: int) -> dict[str, Product]:
-    """Return the products of operands in an 8-bit `dtype` that a GPU with `shared` bytes of shared memory may have."""
+def products(dtype: torch.dtype) -> dict[str, Product]:
+    """Return the products of operands in an 8-bit `dtype` that a GPU may have."""
     ours: dict[str, Product] = {tile.name: partial(multiply_in, tile) for tile in TILES}
     if dtype == torch.int8:
         return ours | {"torch._int_mm": multiply_by_int_mm}
-    if shared >= WGMMA_SHARED_MEMORY:
-        ours |= {tile.name: partial(multiply_in, tile) for tile in WGMMA_TILES}
     return {"torch._scaled_mm": multiply_by_scaled_mm} | ours
 
 
