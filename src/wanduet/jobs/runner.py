@@ -1,5 +1,6 @@
 """The worker's main loop: claim jobs, run each in a thread, do housekeeping, drain on request."""
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable
@@ -207,6 +208,7 @@ class Runner:
                 self._engine_lost = True
                 self._draining.set()
             self._watchdog.remove(job_id)
+            _give_heap_back()
             with self._wake:
                 self._attempts.pop(threading.current_thread(), None)
                 self._wake.notify()
@@ -226,3 +228,10 @@ class Runner:
                 self._wake.wait(self._settings.attempt.poll_seconds)
             if self._draining.is_set():
                 return
+
+
+def _give_heap_back() -> None:
+    """Return what malloc has free to the system, where it can. Jobs of other prompts leave other gaps between what stays: with
+    the miniature a worker's memory grew by some 25 MB for 1,000 jobs, and without this it would for weeks."""
+    with suppress(OSError, AttributeError, TypeError):  # without glibc
+        ctypes.CDLL(None).malloc_trim(0)

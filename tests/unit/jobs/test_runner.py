@@ -15,6 +15,7 @@ from fake_engine import FakeEngine, Turnstile, content, journal
 from sqlalchemy.exc import OperationalError
 
 from wanduet.config import EngineConfig
+from wanduet.jobs import runner as runner_module
 from wanduet.jobs.attempt import AttemptSettings
 from wanduet.jobs.files import JobFiles
 from wanduet.jobs.housekeeping import Housekeeper
@@ -406,3 +407,18 @@ def test_prompts_are_logged_only_when_asked(store: JobStore) -> None:
             with running(store, replace(QUICK, attempt=replace(QUICK.attempt, log_prompts=asked))):
                 finished(store, job_id)
         assert ("a secret plan" in str(lines)) == asked
+
+
+def test_each_job_gives_free_memory_back(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[None] = []
+    monkeypatch.setattr("wanduet.jobs.runner._give_heap_back", lambda: given.append(None))
+    ids = [submit(store) for _ in range(3)]
+    with running(store):
+        wait(lambda: all(store.get(one).status == "completed" for one in ids))
+        wait(lambda: len(given) >= 3)
+
+
+def test_where_there_is_no_glibc_nothing_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in (object(), None):
+        monkeypatch.setattr("wanduet.jobs.runner.ctypes.CDLL", lambda name, library=library: library)
+        runner_module._give_heap_back()
