@@ -64,11 +64,15 @@ def _only_what_a_file_makes_is_looked_through() -> None:
     gc.freeze()
 
 
+_frozen_modules = 0
+
+
 @pytest.fixture(autouse=True)
-def _nor_what_the_test_before_imported(frozen: list[int] = [0]) -> None:  # noqa: B006 (it is to be kept)
+def _nor_what_the_test_before_imported() -> None:
     """Some libraries are imported by the first test that needs them, late in its file."""
-    if len(sys.modules) > frozen[0] + 100:
-        frozen[0] = len(sys.modules)
+    global _frozen_modules
+    if len(sys.modules) > _frozen_modules + 100:
+        _frozen_modules = len(sys.modules)
         gc.collect()
         gc.freeze()
 
