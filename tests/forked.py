@@ -37,7 +37,10 @@ def start_method() -> BaseContext:
 
     context = get_context("forkserver")
     context.set_forkserver_preload(list(MODULES))
-    forkserver.ensure_running()
+    with pytest.MonkeyPatch.context() as patch:
+        # Of tests of interpreted kernels that ran before: whatever is imported there would interpret, too.
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        forkserver.ensure_running()
     return context
 
 

@@ -103,10 +103,13 @@ def assert_alike(got: QuantizedRows, expected: QuantizedRows) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("width", [96, 1536])
+@pytest.mark.parametrize("width", [96, 1536, 2100])  # a row at once, twice, and in parts of which the last is not full
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_in_the_interpreter(kernels, format: str, width: int, dtype: torch.dtype) -> None:
     x = (2 * torch.randn(2, 12, width)).to(dtype)[:, 2:9]
+    x[0, 1] = -x[0, 1].abs()  # rows whose largest GELU is not that of the largest x
+    x[1, 2] *= 0.01
+    x[1, 3] = 0.0
     for operation in ("quantize", "quantize_gelu"):
         got, expected = empty(torch.empty(2, 9, width), format), empty(x, format)
         getattr(kernels, operation)(x, got.tokens(slice(1, 8)))

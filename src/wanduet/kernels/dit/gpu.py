@@ -29,22 +29,18 @@ from wanduet.kernels.attention.cross import text_attention
 from wanduet.kernels.device import on_device_of
 from wanduet.kernels.dit import plain
 from wanduet.kernels.dit.plain import Kernels, Norm, QKNorm
-from wanduet.kernels.dit.quantized import LARGEST
+from wanduet.kernels.dit.quantized import LARGEST, SMALLEST
 from wanduet.kernels.dit.weight import Weight
+
+LEAST_MAXIMUM = tl.constexpr(SMALLEST)  # of a row in 8 bits
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def store_quantized(x, at, scale_at, mask, in_length, LARGEST: tl.constexpr):
-    """Store the rows of x, 0 outside `mask`, with 8-bit values whose largest is `LARGEST`, and their scales.
-
-    See `quantized.quantize`. Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, as `torch.round` does.
-    """
-    largest = tl.maximum(tl.max(tl.abs(x), 1)[:, None], 1e-20)
-    scaled = x * (LARGEST / largest)
-    if at.dtype.element_ty == tl.int8:
-        scaled = (scaled + 12582912.0) - 12582912.0
-    tl.store(at, scaled.to(at.dtype.element_ty), mask)
-    tl.store(scale_at, largest * (1.0 / LARGEST), in_length)
+def to_8_bits(x, dtype: tl.constexpr):
+    """Round to `dtype`, int8 or fp8. Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, as `torch.round` does."""
+    if dtype == tl.int8:
+        x = (x + 12582912.0) - 12582912.0
+    return x.to(dtype)
 
 
 # Lengths are not specialised, here and below, so that another video or prompt does not compile a kernel again.
@@ -82,8 +78,11 @@ def _residual_norm_kernel(
     normed = centred * tl.rsqrt(variance + eps) * weight + bias
     out_at = out_ptr + batch * out_batch + row_i64 * out_row + col
     if LARGEST > 0.0:
+        normed = tl.where(mask, normed, 0.0)
+        largest = tl.maximum(tl.max(tl.abs(normed), 1)[:, None], LEAST_MAXIMUM)
+        tl.store(out_at, to_8_bits(normed * (LARGEST / largest), out_ptr.dtype.element_ty), mask)
         scale_at = scale_ptr + batch * scale_batch + row_i64 * scale_row
-        store_quantized(tl.where(mask, normed, 0.0), out_at, scale_at, mask, row[:, None] < length, LARGEST)
+        tl.store(scale_at, largest * (1.0 / LARGEST), row[:, None] < length)
     else:
         tl.store(out_at, normed.to(out_ptr.dtype.element_ty), mask)
 
