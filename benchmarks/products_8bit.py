@@ -16,7 +16,18 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from _common import DEVICE, LATENT_SIZES, ON_GPU, TINY, Report, clear_memory, peak_memory, relative_error, timed
+from _common import (
+    DEVICE,
+    LATENT_SIZES,
+    ON_GPU,
+    TINY,
+    Report,
+    clear_memory,
+    peak_memory,
+    relative_error,
+    timed,
+    timed_in_a_row,
+)
 from transformer_forward import BF16, SPEC, Job, tuned_model
 
 from wanduet.kernels.dit.plain import TORCH_KERNELS, Norm
@@ -90,10 +101,10 @@ def section_products(report: Report) -> None:
             run: Callable[[], object], first: Callable[[], object] | None = None,
             out: torch.Tensor = out, exact: torch.Tensor = exact, flop: int = flop,
         ) -> dict[str, Any]:  # fmt: skip
-            seconds = timed(run, 10, 3)
+            seconds = timed_in_a_row(run)
             found = {"ms": round(seconds * 1e3, 4), "tflops": round(flop / seconds / 1e12, 1)}
             if first is not None:
-                found["with_quantizing_ms"] = round(timed(lambda: (first(), run()), 10, 2) * 1e3, 4)
+                found["with_quantizing_ms"] = round(timed_in_a_row(lambda: (first(), run())) * 1e3, 4)
             return found | {"error": relative_error(out[0, :CHECKED], exact)}
 
         for kernels in dict.fromkeys((TORCH_KERNELS, kernels_for(DEVICE, BF16))):
@@ -118,7 +129,7 @@ def section_quantizing(report: Report) -> None:
     matrices = [torch.randn(1, *size, device=DEVICE, dtype=BF16) for size in SHAPES.values()]
 
     def measured(run: Callable[[], object]) -> dict[str, Any]:
-        return {"ms": round(timed(run, 10, 3) * 1e3, 4)}
+        return {"ms": round(timed_in_a_row(run) * 1e3, 4)}
 
     out = torch.empty_like(y)
     cases: dict[str, Callable[[], object]] = {
@@ -150,7 +161,7 @@ def section_feed_forward(report: Report) -> None:
     flop = 4 * ROWS * SPEC.dim * SPEC.ffn_dim
 
     def measured(run: Callable[[], object]) -> dict[str, Any]:
-        seconds = timed(run, 5, 2)
+        seconds = timed_in_a_row(run)
         return {"ms": round(seconds * 1e3, 4), "tflops": round(flop / seconds / 1e12, 1)}
 
     def exactly(chunk: int) -> None:

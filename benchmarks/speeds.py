@@ -37,6 +37,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "3 steps VSA": (SPARSE_MODEL, {}),
     "near, 8 bits": (MODEL, {"step_cache": "magcache:0.04", "quantize": "fp8"}),
     "fine, 8 bits": (MODEL, {"step_cache": "magcache:0.18", "quantize": "fp8"}),
+    "draft, fewer, 8 bits": (MODEL, {"step_cache": "magcache:0.3", "guidance_gate": 0.12, "quantize": "fp8"}),
     "fine from a low resolution": (MODEL, {"step_cache": "magcache:0.18", "low_res_first": True, "sampler": "euler"}),
 }
 
