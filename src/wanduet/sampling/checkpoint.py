@@ -128,16 +128,17 @@ def find_checkpoints(folder: Path) -> list[DenoiseCheckpoint]:
 
 def _flatten(owner: str, state: State, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Copy the tensors of a state into `tensors`, and return the state with names in place of tensors."""
+    return {name: _named(f"{owner}.{name}", value, tensors) for name, value in state.items()}
 
-    def visit(name: str, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            tensors[name] = value.detach().cpu().clone().contiguous()
-            return {"tensor": name}
-        if isinstance(value, list):
-            return [visit(f"{name}.{i}", item) for i, item in enumerate(value)]
-        return value
 
-    return {name: visit(f"{owner}.{name}", value) for name, value in state.items()}
+def _named(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
+    # Not a function within the other: one that calls itself is garbage only to the collector, and `tensors` with it.
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().clone().contiguous()
+        return {"tensor": name}
+    if isinstance(value, list):
+        return [_named(f"{name}.{i}", item, tensors) for i, item in enumerate(value)]
+    return value
 
 
 def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -82,7 +82,9 @@ class _Denoise:
             self.predictor = make_predictor(denoiser, (1, *first), forward, request)
             seen = observed(self.predictor, hooks.on_predict)
             guidance = partial(make_guidance, seen, task.conditions, request, denoiser, forward)
-            self.guidance = GuidanceBySteps(guidance, self._adapt) if request.loras else guidance()
+            self.guidance = (
+                GuidanceBySteps(guidance, partial(_adapt, denoiser, context)) if request.loras else guidance()
+            )
             self.noise = noise.result()
         self.work = step_flops(request, denoiser.spec)
         self.kept = CheckpointKeeper(task, denoiser, checkpoints, record, context)
@@ -128,11 +130,6 @@ class _Denoise:
         self.record.skipped_steps = skipped_steps(self.predictor)
         self.record.quantized_layers = self.denoiser.quantized_layers
         return latents[0].float().cpu()
-
-    def _adapt(self, step: int) -> bool:
-        # Ranks agree on a cancel only between steps: they must all run the same forwards.
-        context = self.context if self.denoiser.mesh is None else replace(self.context, should_cancel=lambda: False)
-        return self.denoiser.adapt(step, replace(context, emit=lambda _: None))
 
     def _noise(self, shape: tuple[int, ...], seed: int) -> Tensor:
         noise = initial_noise(shape, seed)
@@ -186,3 +183,11 @@ class _Denoise:
         if replaced is not None:
             self.record.changed = True
         return replaced
+
+
+def _adapt(denoiser: LoadedTransformer, context: RunContext, step: int) -> bool:
+    """Merge the LoRAs of a step. Not a method: the guidance that calls it would refer to its owner, and what is in such a circle
+    stays on the GPU until Python looks for garbage."""
+    if denoiser.mesh is not None:  # ranks agree on a cancel only between steps: they must all run the same forwards
+        context = replace(context, should_cancel=lambda: False)
+    return denoiser.adapt(step, replace(context, emit=lambda _: None))

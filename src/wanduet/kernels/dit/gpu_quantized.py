@@ -50,7 +50,7 @@ class Tile:
 TILES = (Tile(128, 128, 128, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 128, 4, 4))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _gelu(x):
     """Compute tanh-GELU, as `x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x^3))`."""
     return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
