@@ -44,7 +44,7 @@ def compiled(folder: Path, capabilities: list[int], brief: bool) -> dict[str, li
 @pytest.mark.parametrize(
     ("capabilities", "brief"),
     [
-        ([86, 90, 120], True),
+        ([86, 90], True),
         pytest.param([80, 86, 89, 90, 120], False, marks=pytest.mark.slow),
     ],
     ids=["half of 128 channels", "all forms"],

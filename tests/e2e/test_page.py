@@ -69,7 +69,7 @@ def video(served: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_submit_watch_reload_and_play(page: Any) -> None:
-    describe(page, PROMPT, Seed=11, Steps=STEPS)
+    describe(page, PROMPT, Seed=11, Frames=17, Steps=STEPS)
     job = generate(page)
     page.locator("img.preview").wait_for()
     shot(page, "page-running")
@@ -82,7 +82,7 @@ def test_submit_watch_reload_and_play(page: Any) -> None:
         zip(page.locator(".details dt").all_inner_texts(), page.locator(".details dd").all_inner_texts(), strict=True)
     )
     assert settings == {
-        "Size": "96 × 96", "Length": "2.1 s", "Frames": "33 at 16 a second", "Steps": str(STEPS), "Guidance": "3",
+        "Size": "96 × 96", "Length": "1.1 s", "Frames": "17 at 16 a second", "Steps": str(STEPS), "Guidance": "3",
         "Shift": "3", "Sampler": "unipc", "Seed": "11",
     }  # fmt: skip
     with page.expect_download() as download:
@@ -192,7 +192,12 @@ def test_several_videos_of_one_prompt_and_what_is_wrong_in_words(page: Any, serv
 
 
 def test_one_video_a_line_then_compared_searched_and_deleted_together(page: Any, served: Server) -> None:
-    describe(page, "a green square growing on a black background\n\na blue star spinning on a gray background", Steps=2)
+    describe(
+        page,
+        "a green square growing on a black background\n\na blue star spinning on a gray background",
+        Frames=9,
+        Steps=2,
+    )
     pick(page, "1 s")
     page.get_by_label("One video a line").check()
     page.locator("#plan").get_by_text("for each of the 2 prompts").wait_for()
@@ -249,7 +254,7 @@ def test_a_preset_counts_at_once(page: Any, served: Server) -> None:
 
 def test_a_submission_that_is_answered_late_undoes_no_newer_choice(page: Any, served: Server) -> None:
     chosen = served.create(seed="1")["id"]
-    describe(page, PROMPT, Steps=2)
+    describe(page, PROMPT, Frames=9, Steps=2)
     pick(page, "1 s")
     held: list[Any] = []
     page.route("**/v1/videos", lambda route: held.append(route))
@@ -340,7 +345,7 @@ def test_settings_from_a_video_that_is_chosen_or_dropped(page: Any, video: Path)
 
 
 def test_start_from_the_pictures_of_a_video(page: Any, served: Server, video: Path) -> None:
-    describe(page, "a blue star spinning on a gray background", Steps=4)
+    describe(page, "a blue star spinning on a gray background", Frames=9, Steps=4)
     strength = page.get_by_label("Strength", exact=True)
     assert not strength.is_visible(), "it means nothing without an input video"
     page.locator(".upload input").set_input_files(video)
@@ -487,7 +492,7 @@ def test_no_request_leaves_the_machine(browser: Any, tmp_path: Path, monkeypatch
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
         with serving(tmp_path / "data") as served, open_page(browser, served.url) as page:
-            describe(page, PROMPT, Steps=4)
+            describe(page, PROMPT, Frames=9, Steps=4)
             first = generate(page)
             play(page, first)
             page.get_by_role("button", name="Same with a new seed").click()

@@ -47,14 +47,14 @@ def _redo_kernel(
 
 
 @triton.jit
-def _left(lse_ptr, row, last):
+def rows_left(lse_ptr, row, last):
     """Return a mask of the rows whose log-sum-exp is infinite or NaN."""
     return (tl.abs(tl.load(lse_ptr + row, row < last, 0.0)) < float("inf")) == 0
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _any_left(lse_ptr, start, last, ROWS: tl.constexpr):
-    return tl.max(_left(lse_ptr, start + tl.arange(0, ROWS), last).to(tl.int32), 0) > 0
+    return tl.max(rows_left(lse_ptr, start + tl.arange(0, ROWS), last).to(tl.int32), 0) > 0
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -64,7 +64,7 @@ def _redo_rows(
     D: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     row = start + tl.arange(0, QUERIES)
-    left = _left(lse_ptr, row, last)
+    left = rows_left(lse_ptr, row, last)
     channel = tl.arange(0, BLOCK)[None, :]
     is_channel = channel < D
     mask = left[:, None] & is_channel

@@ -74,7 +74,7 @@ def _pool(x: Tensor, size: int, starts: Tensor | None, moments: tuple[float, flo
         _pool_kernel[(heads, blocks, batch)](
             x, x if starts is None else starts, out, *x.stride()[:3], length, mean, square,
             D=head_dim, BLOCK=triton.next_power_of_2(head_dim), SIZE=size, STARTS=starts is not None, TOKENS=TOKENS,
-            SQUARES=moments is not None, CENTRED=centred, num_warps=2,
+            SQUARES=moments is not None, CENTRED=centred, num_warps=2, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -109,7 +109,7 @@ def block_scores(q: Tensor, k: Tensor) -> Tensor:
     out = q.new_empty((batch, heads, rows, columns))
     with on_device_of(q):
         _scores_kernel[(triton.cdiv(rows, SIDE), triton.cdiv(columns, SIDE), batch * heads)](
-            q, k, out, rows, columns, D=head_dim, SIDE=SIDE, DEPTH=DEPTH, num_warps=4
+            q, k, out, rows, columns, D=head_dim, SIDE=SIDE, DEPTH=DEPTH, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -145,6 +145,7 @@ def highest_blocks(scores: Tensor, kept: int) -> Tensor:
     columns = triton.next_power_of_2(scores.shape[3])
     with on_device_of(scores):
         _highest_kernel[(scores.shape[:3].numel(),)](
-            scores, index, scores.shape[3], kept, COLUMNS=columns, num_warps=max(1, min(8, columns // 256))
+            scores, index, scores.shape[3], kept, COLUMNS=columns, num_warps=max(1, min(8, columns // 256)),
+            enable_fp_fusion=True,
         )  # fmt: skip
     return index

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wanduet.kernels.attention.cross import LOG2_E, weigh
+from wanduet.kernels.attention.flash4_redo import rows_left
 from wanduet.kernels.device import on_device_of
 
 
@@ -66,7 +67,7 @@ def _listed_kernel(
     is_row = row < stop
     lse_ptr += (batch * tl.num_programs(1) + head) * length
     if ONLY_LEFT:
-        is_row &= (tl.abs(tl.load(lse_ptr + row, is_row, 0.0)) < float("inf")) == 0
+        is_row = rows_left(lse_ptr, row, stop)
         if tl.max(is_row.to(tl.int32), 0) == 0:
             return
     is_read = is_row[:, None] & (channel < D)

@@ -180,7 +180,7 @@ def multiply_in(tile: Tile, x: QuantizedRows, weight: QuantizedRows, bias: Tenso
             _linear_kernel[grid](
                 data, weight.data, bias, result, scale, weight.scale, result.stride(0), length, columns, channels,
                 BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.channels, GROUP=GROUP,
-                WHOLE=channels % tile.channels == 0, num_warps=tile.warps, num_stages=tile.stages,
+                WHOLE=channels % tile.channels == 0, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
             )  # fmt: skip
 
 
@@ -218,6 +218,7 @@ def multiply_by_int_mm(x: QuantizedRows, weight: QuantizedRows, bias: Tensor, ou
             with on_device_of(out):
                 _scale_kernel[(len(sums), triton.cdiv(columns, block))](
                     sums, bias, result[rows], scale[rows], weight.scale, result.stride(0), columns, BLOCK=block,
+                    enable_fp_fusion=True,
                 )  # fmt: skip
 
 
@@ -240,6 +241,7 @@ def _launch_quantize(x: Tensor, out: QuantizedRows, *, gelu: bool) -> None:
             x, out.data, out.scale, x.stride(0), x.stride(1), out.data.stride(0), out.data.stride(1),
             out.scale.stride(0), out.scale.stride(1), length,
             C=width, BLOCK=block, ROWS=rows, GELU=gelu, LARGEST=LARGEST[out.data.dtype], num_warps=warps,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 
