@@ -7,9 +7,6 @@ the queue, nodes that fail, and workers that wake up after their job was given a
 network and the clock are simulated: claims, leases, fences, completions, recoveries and the controller's turns are the
 program's own, on SQLite in memory. `database` measures on a real PostgreSQL what one claim and one look cost, with
 claimers at the same time and queues of several lengths. `limits` puts both together: what gives way first, and when.
-`stages` (a result file of its own, cluster_stages.json) lets fleets make the same jobs with their stages together and, as
-the plan decides or as nodes are labelled, apart; queues never run dry, seconds are within a tenth of the predicted ones,
-so what it shows is the scheduling and not the cards.
 """
 
 import argparse
@@ -20,13 +17,11 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import sqlalchemy as sa
 import structlog
 from _cluster_fleet import MODEL, Simulation
-from _cluster_stages import Stages, node
 from _common import TINY, Report
 
 from wanduet.cluster.fit import Fit, Fitter
@@ -157,61 +152,22 @@ def limits(report: Report, options: argparse.Namespace) -> None:
         report.add("limits", bottleneck=what, replicas=replicas)
 
 
-FEW_STEPS = {"height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 4, "guidance_scale": 1.0}
-MANY_STEPS = {**FEW_STEPS, "num_inference_steps": 50, "guidance_scale": 5.0}
-HOPPERS = node("8xH100", "H100", 8, 128)
-ADAS = [node(f"4x4090-{index}", "4090", 4, 32) for index in range(2)]
-OLD = [node(f"4xP40-{index}", "P40", 4, 32) for index in range(2)]  # no matrix units: float32 is all they are good at
-LABELLED = [replace(one, wish="decode") for one in OLD]
-CPUS = [node(f"cpu-{index}", None, 0, 64, wish="encode") for index in range(4)]
-FLEETS = {  # machines, jobs' settings, modes, nodes that fail
-    "8 4090, 8 P40; 4 steps": ([*ADAS, *OLD], FEW_STEPS, ("together", "auto"), 0),
-    "the same, 6 times a node fails": ([*ADAS, *OLD], FEW_STEPS, ("together", "auto"), 6),
-    "8 H100, 4 CPU nodes; 4 steps": ([HOPPERS, *CPUS], FEW_STEPS, ("together", "auto"), 0),
-    "8 H100, 8 P40, 4 CPU nodes; 4 steps": ([HOPPERS, *OLD, *CPUS], FEW_STEPS, ("together", "auto"), 0),
-    "8 4090, 8 P40, 4 CPU nodes; 50 steps": ([*ADAS, *LABELLED, *CPUS], MANY_STEPS, ("together", "auto", "apart"), 0),
-    "8 4090; 4 steps": (ADAS, FEW_STEPS, ("together", "auto"), 0),
-}
-
-
-def stages(report: Report, options: argparse.Namespace) -> None:
-    models = Models(EngineConfig(model="random:1.3b"))
-    fitter = Fitter(models.memory, EngineConfig())  # of the true model, which has a text encoder
-    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    for what, (machines, settings, modes, failures) in FLEETS.items():
-        rates: dict[str, float] = {}
-        for mode in modes:
-            jobs = 40 if TINY else options.stage_jobs * (1 if settings is MANY_STEPS else 4)
-            with tempfile.TemporaryDirectory(dir=memory) as folder:
-                run = Stages(
-                    machines, {"prompt": "x", **settings}, jobs, mode, Path(folder), fitter, models.spec, failures
-                )
-                with closing(run.store):
-                    row = run.run()
-            rates[mode] = row["jobs_an_hour"]
-            report.add("stages", fleet=what, **row, gain=round(rates[mode] / rates["together"] - 1, 3))
-
-
 SECTIONS = {"fleet": simulate, "database": database, "limits": limits}
-OWN_FILE = {"stages": stages}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", default=[*SECTIONS, *OWN_FILE])
+    parser.add_argument("sections", nargs="*", default=[*SECTIONS])
     parser.add_argument("--replicas", type=lambda text: [int(n) for n in text.split(",")], default=None)
     parser.add_argument("--jobs", type=int, default=6, help="jobs for each replica, 200 at least")
-    parser.add_argument("--stage-jobs", type=int, default=250, help="of 50 steps; four times as many of 4 steps")
     options = parser.parse_args()
     options.replicas = options.replicas or ([1, 4] if TINY else [1, 10, 100, 1000])
     configure_logs()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
-    for name, sections in (("cluster_sim", SECTIONS), ("cluster_stages", OWN_FILE)):
-        if chosen := [section for section in options.sections if section in sections]:
-            report = Report(name)
-            runs = {section: lambda report, run=run: run(report, options) for section, run in sections.items()}
-            report.run(runs, chosen)
-            report.print()
+    report = Report("cluster_sim")
+    runs = {section: lambda report, run=run: run(report, options) for section, run in SECTIONS.items()}
+    report.run(runs, options.sections)
+    report.print()
 
 
 if __name__ == "__main__":

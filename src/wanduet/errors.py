@@ -96,12 +96,6 @@ class KernelFailedError(WanduetError):
         self.operation, self.reason = operation, reason
 
 
-class LatentsGoneError(WanduetError):
-    """The latents that another worker denoised are missing or unreadable for a worker that only decodes."""
-
-    code = "latents_gone"
-
-
 class OutputError(WanduetError):
     """The output cannot be written (missing or read-only folder, disk full)."""
 

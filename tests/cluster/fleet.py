@@ -96,12 +96,8 @@ class Ray:
         return address
 
     def add(self, name: str, gpus: str, cpus: int | None = None) -> str:
-        """Start a node whose GPUs are declared, with a CPU for each unless said; returns its id.
-
-        `gpus` may say what the node is for: `1x24GiB decode`, ` encode`.
-        """
-        cards, _, stage = gpus.partition(" ")
-        self.nodes[name] = self._ask("add", name, cards, cpus, stage or None)
+        """Start a node whose GPUs are declared, with a CPU for each unless said; returns its id."""
+        self.nodes[name] = self._ask("add", name, gpus, cpus)
         return self.nodes[name]
 
     def kill(self, name: str) -> None:

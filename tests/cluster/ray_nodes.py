@@ -1,6 +1,6 @@
 """The nodes of one Ray cluster, in a process of their own: Ray reads its settings once, when it is first imported.
 
-Commands come as JSON lines, each answered by one: `["add", name, gpus, cpus, stage]` gives the node's id, `["kill", name]`
+Commands come as JSON lines, each answered by one: `["add", name, gpus, cpus]` gives the node's id, `["kill", name]`
 ends raylet and workers at once as a power cut would.
 The end of input ends everything.
 """
@@ -32,11 +32,10 @@ class Nodes:
         self.nodes["head"] = node
         return self.cluster.address, f"ray://{node.node_ip_address}:{door}"
 
-    def add(self, name: str, gpus: str, cpus: int | None = None, stage: str | None = None) -> str:
+    def add(self, name: str, gpus: str, cpus: int | None = None) -> str:
         """A node whose GPUs are declared ("": it has none), with one CPU, thus one thread, for each unless said."""
         count = int(gpus.partition("x")[0]) if gpus else 0
         labels = {"wanduet.io/gpus": gpus} if gpus else {}
-        labels |= {"wanduet.io/stage": stage} if stage else {}
         self.nodes[name] = self._start(num_cpus=cpus or count or 1, num_gpus=count, labels=labels)
         return self.nodes[name].node_id
 

@@ -1,5 +1,5 @@
 """The long form: 50 jobs over three nodes, workers and nodes killed at random, a drain, the head's death; and the same
-with the stages of the jobs on nodes of their own, which find each other's files in a store.
+with nodes that find each other's files in a store.
 """
 
 import os
@@ -16,8 +16,8 @@ pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="POSIX signals"),
     pytest.mark.timeout(3600),
 ]
-JOBS, STAGED_JOBS = 50, 40
-STAGES = {"a": "1x24GiB", "b": "1x24GiB", "old": "1x24GiB decode", "older": "1x24GiB decode", "cpu": " encode"}
+JOBS, STORED_JOBS = 50, 40
+STORED = {"a": "1x24GiB", "b": "1x24GiB"}
 DECODED = {**SMALL, "size": "64x64", "num_frames": "17"}  # seconds to decode
 COLOURS = ("red", "green", "blue", "white", "yellow")
 LIMIT = 1800.0  # seconds until all jobs must be done
@@ -106,14 +106,14 @@ def test_fifty_jobs_survive_everything(tmp_path: Path) -> None:
     assert "head killed" in trouble.done
 
 
-def test_forty_jobs_survive_everything_with_their_stages_apart(tmp_path: Path) -> None:
+def test_forty_jobs_survive_everything_with_their_files_in_a_store(tmp_path: Path) -> None:
     for name in ("data", "local", "store"):
         (tmp_path / name).mkdir()
-    flags = ("--min-replicas", "2", "--checkpoint-seconds", "0.2", "--max-crashes", "20", "--stages", "apart")
+    flags = ("--min-replicas", "2", "--checkpoint-seconds", "0.2", "--max-crashes", "20")
     draw = random.Random(SEED)
-    with fleet(tmp_path / "data", STAGES, *flags, "--storage", f"file://{tmp_path / 'store'}") as cluster:
+    with fleet(tmp_path / "data", STORED, *flags, "--storage", f"file://{tmp_path / 'store'}") as cluster:
         wait("two replicas are ready", lambda: len(cluster.replicas()) >= 2)
-        kinds = [draw.choices([SMALL, DECODED, LONG], [3, 5, 2])[0] for _ in range(STAGED_JOBS)]
+        kinds = [draw.choices([SMALL, DECODED, LONG], [3, 5, 2])[0] for _ in range(STORED_JOBS)]
         ids = [
             cluster.server.create(f"a {draw.choice(COLOURS)} circle", seed=str(seed % 4), **fields)["id"]
             for seed, fields in enumerate(kinds)
@@ -123,8 +123,6 @@ def test_forty_jobs_survive_everything_with_their_stages_apart(tmp_path: Path) -
         local = Local(tmp_path / "local")
         jobs = cluster.check(ids, local)
         local.close()
-        decoded = [job for job in jobs if cluster.shapes.get(job.report.get("worker", ""), "").endswith("decode")]
-        print(f"seed {SEED}: {trouble.done}; attempts {sum(job.attempts for job in jobs)}; by decoders {len(decoded)}")
-        assert decoded
+        print(f"seed {SEED}: {trouble.done}; attempts {sum(job.attempts for job in jobs)}")
         wait("nothing is left in the store", lambda: not list((tmp_path / "store" / "work").glob("*/*")))
     assert len(trouble.done) >= 3

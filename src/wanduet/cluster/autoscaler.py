@@ -12,17 +12,15 @@ from math import ceil
 
 from wanduet.cluster.fit import NOWHERE, Fit, FitOf, preference
 from wanduet.cluster.shapes import Expected, Node, ReplicaView, Shape
-from wanduet.cluster.stages import Mode
-from wanduet.jobs.records import DECODE, loras_tag
+from wanduet.jobs.records import loras_tag
 
 
 @dataclass(frozen=True, slots=True)
 class ScaleSettings:
     """Limits and delays of the autoscaler. Times in seconds.
 
-    `minimum` counts replicas that do whole jobs; 0 lets the fleet shrink to nothing. `maximum` counts all replicas with
-    GPUs. `gpus` is the number of GPUs of each replica (None: the plan decides). `expected` lists nodes that Ray's own
-    autoscaler can add. `stages` selects whether nodes may be dedicated to one stage.
+    `minimum` 0 lets the fleet shrink to nothing. `gpus` is the number of GPUs of each replica (None: the plan decides).
+    `expected` lists nodes that Ray's own autoscaler can add.
     """
 
     minimum: int = 1
@@ -32,7 +30,6 @@ class ScaleSettings:
     idle_seconds: float = 300.0
     gpus: int | None = None
     expected: tuple[Expected, ...] = ()
-    stages: Mode = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +80,8 @@ def decide(
     waiting = sorted(backlog, key=lambda one: -one.waited)
     for one in waiting:
         fleet.serve(one)
-    while len(fleet.whole) < settings.minimum and fleet.start_for(reference):
+    while len(fleet.active) < settings.minimum and fleet.start_for(reference):
         pass
-    fleet.staff_stages(waiting)
     fleet.shrink(waiting)
     return Changes(tuple(fleet.started), tuple(fleet.drained), tuple(fleet.unfit))
 
@@ -123,30 +119,16 @@ class _Fleet:
         return self.fit(demand, replica.shape, self.nodes.get(replica.node or ""))
 
     def leave_draining_nodes(self) -> None:
-        """Drain replicas on nodes that are draining or that now do another stage."""
+        """Drain replicas on nodes that are draining."""
         for replica in tuple(self.active):
             node = self.nodes.get(replica.node or "")
-            if node is not None and (node.draining or replica.shape.stage != node.stage):
+            if node is not None and node.draining:
                 self._drain(replica)
 
     @property
-    def whole(self) -> list[ReplicaView]:
-        """The replicas that do whole jobs."""
-        return [replica for replica in self.active if replica.shape.stage == "all"]
-
-    @property
     def full(self) -> bool:
-        """Whether the maximum is reached; encoders use no GPU and do not count."""
-        return sum(replica.shape.stage != "encode" for replica in self.active) >= self.settings.maximum
-
-    def staff_stages(self, waiting: Sequence[Backlog]) -> None:
-        """While there is work, fill nodes dedicated to a stage: no job waits for them, so no queue would start them."""
-        for node in self.nodes.values() if self._works(waiting) else ():
-            if node.stage == "all" or node.draining:
-                continue
-            shape = next(iter(node.shapes()))
-            while self._free[node.id] >= max(1, shape.gpus) and (shape.stage == "encode" or not self.full):
-                self._add(Start(node.id, shape))
+        """Whether the maximum is reached."""
+        return len(self.active) >= self.settings.maximum
 
     def serve(self, one: Backlog) -> None:
         """Start replicas for a demand that has waited too long, or that fits no replica."""
@@ -156,7 +138,7 @@ class _Fleet:
             if not started and one.demand not in self.unfit and one.waited >= self.settings.upscale_seconds:
                 self._make_room(one.demand)
             return
-        if one.waited < self.settings.upscale_seconds or one.demand.startswith(DECODE):  # see `staff_stages`
+        if one.waited < self.settings.upscale_seconds:
             return
         seconds = min(self.fit_on(one.demand, replica).seconds for replica in able)
         wanted = min(one.count, ceil(one.count * seconds / self.settings.target_seconds))
@@ -198,16 +180,10 @@ class _Fleet:
         """Drain replicas that have been idle for long and that no waiting job needs."""
         idle = [replica for replica in self.active if replica.idle_seconds >= self.settings.idle_seconds]
         for replica in sorted(idle, key=lambda one: -one.idle_seconds):
-            if replica.shape.stage != "all":
-                if not self._works(waiting):
-                    self._drain(replica)
-            elif len(self.whole) > self.settings.minimum and not any(
+            if len(self.active) > self.settings.minimum and not any(
                 self.fit_on(one.demand, replica).fits for one in waiting
             ):
                 self._drain(replica)
-
-    def _works(self, waiting: Sequence[Backlog]) -> bool:
-        return bool(waiting) or any(replica.jobs for replica in self.whole)
 
     def _places(self) -> Iterable[tuple[Node, Shape]]:
         for node in self.nodes.values():

@@ -18,17 +18,15 @@ from sqlalchemy.exc import SQLAlchemyError
 from wanduet.cluster.autoscaler import Changes, Start, decide
 from wanduet.cluster.fit import Fitter
 from wanduet.cluster.loras import MissingLoras, explain_missing
-from wanduet.cluster.planner import StagePlanner
 from wanduet.cluster.scheduler import Waiting
 from wanduet.cluster.settings import ClusterSettings
 from wanduet.cluster.shapes import Gone, Node, ReplicaView
-from wanduet.cluster.stages import StagePlan
 from wanduet.cluster.store import ClusterStore
 from wanduet.cluster.trouble import find_trouble
 from wanduet.jobs.housekeeping import Housekeeper
 from wanduet.jobs.logs import describe_error
 from wanduet.jobs.model_watch import ModelWatch
-from wanduet.jobs.records import DECODE, JobError, LoraLostError, ModelId, demand_of, loras_tag
+from wanduet.jobs.records import JobError, LoraLostError, ModelId, demand_of, loras_tag
 from wanduet.jobs.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
@@ -117,8 +115,7 @@ class Controller:
         self._monotonic = monotonic
         self._draining = threading.Event()
         self._published: list[dict[str, object]] = [{}]  # differs from any list, so that the first one is published
-        self._stages = StagePlanner(fitter, settings.scale, monotonic=monotonic)
-        self._published_plan: dict[str, object] = {}  # the stage plan that was published last
+        self._published_trouble: str | None = None
         self._explained: dict[str, str] = {}  # by demand: why its jobs wait
         self._paused: dict[str, tuple[float, float]] = {}  # paused nodes: until when, and for how long
         self._seen: dict[str, tuple[float, Node]] = {}  # nodes, with the time when they were last alive
@@ -198,9 +195,8 @@ class Controller:
             replace(node, lacks=self._missing_loras.on(node)) for node in self._fleet.nodes(self._store.drained_nodes())
         )
         backlog = self._store.backlog(waiting)
-        stages = self._stages(nodes, backlog, demand_of({}))
         changes = decide(
-            [replace(self._with_pause(node), stage=stages.stages.get(node.id, "all")) for node in nodes],
+            [self._with_pause(node) for node in nodes],
             replicas,
             backlog,
             self._fitter.on,
@@ -223,7 +219,9 @@ class Controller:
                 log.warning("jobs fit no node", demand=group.demand, jobs=refused)
         self._explain(reasons)
         self._publish(replicas, nodes)
-        self._publish_stages(stages, nodes, trouble)
+        if trouble != self._published_trouble:
+            self._store.publish_trouble(trouble)
+            self._published_trouble = trouble
         return changes
 
     def _why_unfit(self, demand: str, waiting: Iterable[Waiting], nodes: tuple[Node, ...]) -> JobError:
@@ -295,20 +293,6 @@ class Controller:
         for demand, reason in reasons.items():
             self._store.explain(demand, reason)
 
-    def _publish_stages(self, plan: StagePlan, nodes: tuple[Node, ...], trouble: str | None) -> None:
-        facts: dict[str, object] = {
-            "trouble": trouble,
-            "apart": plan.apart,
-            "reason": plan.reason,
-            "jobs_an_hour": round(3600 * plan.rate, 1),
-            "jobs_an_hour_together": round(3600 * plan.together, 1),
-            "nodes": {node.name: plan.stages[node.id] for node in nodes if node.id in plan.stages},
-        }
-        if facts != self._published_plan:
-            log.info("stages", **facts)
-            self._store.publish_stages(facts)
-            self._published_plan = facts
-
     def _end_all(self) -> None:
         """Drain all replicas because the service stops: their jobs return to the queue."""
         end = self._monotonic() + DRAIN_SECONDS
@@ -333,7 +317,7 @@ class Controller:
 
 def _does_not_fit(demand: str, nodes: tuple[Node, ...]) -> str:
     offers = sorted({node.shape(len(node.devices)).name for node in nodes if node.devices or node.computes})
-    size, *rest = demand.removeprefix(DECODE).split("/")
+    size, *rest = demand.split("/")
     products = next((f" with products in {part.removeprefix('q=')}" for part in rest if part.startswith("q=")), "")
     nodes_here = ", ".join(offers) or "none"
     return f"A video of {size} (height x width x frames){products} fits no node of this cluster ({nodes_here})."

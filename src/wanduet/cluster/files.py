@@ -3,7 +3,6 @@
     STORAGE/videos/<name>                  published files, and the videos that jobs start from
     STORAGE/work/<job>/<name>              an attempt's files so far: latents, videos, its result
     STORAGE/work/<job>/checkpoints/<name>  the engine's checkpoints
-    STORAGE/work/<job>/embeddings/<name>   embeddings that an encoder made before the first attempt
     STORAGE/store-id, STORAGE/trash        see `jobs.places`
 
 The engine writes to its node's own disk. While an attempt runs, new files are copied to the store; the next attempt, on
@@ -32,7 +31,6 @@ TRIES = 3  # for each copy
 ABANDONED_SECONDS = 86400.0  # after which a node deletes a killed attempt's files from its own disk
 WHOLE_WRITES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "r2", "oss", "memory"})
 _PREVIEW = "preview.webp"
-_EMBEDDINGS = "embeddings/"
 
 Stamp = tuple[int, int]  # a file's modification time and size, to detect changes
 
@@ -68,12 +66,12 @@ class StoredFiles(JobFiles):
 
     @contextmanager
     def attempt(self, job_id: str, resume: bool) -> Iterator[None]:
-        """Fetch what encoders and earlier attempts left; then copy this attempt's files until it ends.
+        """Fetch what earlier attempts left; then copy this attempt's files until it ends.
 
         Raises no error of its own.
         """
         self._remove_abandoned()
-        self._sent[job_id] = self._bring(job_id, "" if resume else _EMBEDDINGS)
+        self._sent[job_id] = self._bring(job_id) if resume else {}
         stop = threading.Event()
         thread = threading.Thread(target=self._follow, args=(job_id, stop), name=f"store-{job_id}", daemon=True)
         thread.start()
@@ -91,17 +89,6 @@ class StoredFiles(JobFiles):
         An error costs the steps since the last copy.
         """
         return self._send(job_id)
-
-    def offer(self, job_id: str, paths: Iterable[Path]) -> None:
-        """Store a job's embeddings where its attempts look first; they are deleted with its work.
-
-        An error costs only the encoding.
-        """
-        for path in paths:
-            try:
-                self._put(path, f"work/{job_id}/{_EMBEDDINGS}{path.name}")
-            except Exception as error:
-                log.warning("not copied to the store", job=job_id, name=path.name, error=type(error).__name__)
 
     def _follow(self, job_id: str, stop: threading.Event) -> None:
         while not stop.wait(LOOK_SECONDS):
@@ -140,17 +127,14 @@ class StoredFiles(JobFiles):
             found += [(f"checkpoints/{path.name}", path) for path in paths]
         return sorted(found, key=lambda one: one[0] == "result.json")
 
-    def _bring(self, job_id: str, part: str = "") -> dict[str, Stamp]:
+    def _bring(self, job_id: str) -> dict[str, Stamp]:
         brought: dict[str, Stamp] = {}
         try:
-            for remote in self._storage.list_names(f"work/{job_id}/{part}".rstrip("/"), deep=True):
+            for remote in self._storage.list_names(f"work/{job_id}", deep=True):
                 name = remote.rpartition(f"work/{job_id}/")[2]
                 if name == _PREVIEW or name.endswith(".part"):
                     continue
-                shared = name.startswith(("checkpoints/", _EMBEDDINGS))
-                folder = self.folder if shared else self.work_path(job_id).parent
-                if name.startswith(_EMBEDDINGS) and (folder / name).exists():  # the local cache has the prompt
-                    continue
+                folder = self.folder if name.startswith("checkpoints/") else self.work_path(job_id).parent
                 self._get(remote, folder / name)
                 about = (folder / name).stat()
                 brought[name] = (about.st_mtime_ns, about.st_size)

@@ -47,7 +47,7 @@ class ControllerProcess(WorkerProcess):
             return None
         if (own := self._own_trouble(live=self.pid is not None)) is not None:
             return own
-        found: str | None = self._store.stages().get("trouble")
+        found: str | None = self._store.trouble()
         waits = None if self._settings.scale.minimum == 0 else "no replica is ready yet"
         return found or waits
 

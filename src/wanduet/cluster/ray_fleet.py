@@ -28,7 +28,6 @@ from ray.util import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from wanduet.cluster.autoscaler import Start
-from wanduet.cluster.encoder import Encoder
 from wanduet.cluster.probe import read_probe
 from wanduet.cluster.replica import Replica, ReplicaStatus
 from wanduet.cluster.settings import ClusterSettings, ReplicaOrder
@@ -42,7 +41,6 @@ log = structlog.get_logger(__name__)
 NAMESPACE = "wanduet"
 PREFIX = "replica-"
 GPUS_LABEL = "wanduet.io/gpus"  # on a node: assume these GPUs instead of probing
-STAGE_LABEL = "wanduet.io/stage"  # on a node: its stage: all, encode or decode
 EXPECTED_LABEL = "wanduet.io/node"  # on nodes that Ray can add: their GPUs, in the syntax of --expect-nodes
 NODE_LABEL = "ray.io/node-id"
 ANSWER_SECONDS = 2.0  # timeout of one poll of all replicas
@@ -106,13 +104,9 @@ class RayFleet:
             return known
         resources, labels = about["Resources"], about.get("Labels", {})
         cpus = max(1, int(resources.get("CPU", 1)))
-        wish = labels.get(STAGE_LABEL)
-        if wish not in (None, "all", "encode", "decode"):
-            log.warning("a node's stage is not understood", node=about["NodeManagerHostname"], stage=wish)
-            wish = None
-        node = Node(node_id, about["NodeManagerHostname"], (), int(resources.get("memory", 0)), cpus, wish=wish)
+        node = Node(node_id, about["NodeManagerHostname"], (), int(resources.get("memory", 0)), cpus)
         label = labels.get(GPUS_LABEL)
-        if label is not None or (not resources.get("GPU") and wish != "encode"):
+        if label is not None or not resources.get("GPU"):
             devices = declared_devices(label) if label is not None else ()
             computes = self._cpu_selected() and not devices
             self._hardware[node_id] = node = replace(node, devices=devices, declared=bool(devices), computes=computes)
@@ -121,23 +115,20 @@ class RayFleet:
             config = self._settings.worker.config
             where = NodeAffinitySchedulingStrategy(node_id, soft=False)
             probe = ray.remote(num_cpus=0, max_calls=1, max_retries=3)(_probe).options(scheduling_strategy=where)
-            self._hardware[node_id] = (time.monotonic(), probe.remote(config, wish != "encode"))
+            self._hardware[node_id] = (time.monotonic(), probe.remote(config))
             return None
         began, answer = known
         if not ray.wait([answer], timeout=0)[0]:
             return None
         try:
-            hardware = read_probe(ray.get(answer)) if wish != "encode" else None
+            hardware = read_probe(ray.get(answer))
         except RayError as error:
             if time.monotonic() - began > ANSWER_SECONDS * 15:
                 log.error("a node cannot be used", node=node.name, error=str(error).splitlines()[-1])
                 del self._hardware[node_id]  # the next call probes again
             return None
-        if hardware is None:
-            node = replace(node, computes=False)
-        else:
-            devices = hardware.gpus[: int(resources["GPU"])]
-            node = replace(node, devices=devices, host_bytes=hardware.host_total_bytes)
+        devices = hardware.gpus[: int(resources["GPU"])]
+        node = replace(node, devices=devices, host_bytes=hardware.host_total_bytes)
         self._hardware[node_id] = node
         log.info("a node joined", node=node.name, shape=node.shape(len(node.devices)).name)
         return node
@@ -168,8 +159,7 @@ class RayFleet:
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
         )
         order = ReplicaOrder(self._settings, shape, start.node, self._url)
-        kind: type = Encoder if shape.stage == "encode" else Replica
-        actor: Any = ray.remote(kind).options(**options).remote(order, _node_id)
+        actor: Any = ray.remote(Replica).options(**options).remote(order, _node_id)
         self._members[name] = _Member(actor, ReplicaView(name, start.node, shape))
         log.info("a replica starts", replica=name, shape=shape.name, node=start.node)
 
@@ -283,8 +273,8 @@ def _node_id() -> str | None:
     return found
 
 
-def _probe(config: EngineConfig, look: bool) -> str:
-    """Download the weights once for all replicas of a node, then probe its devices (unless `look` is False).
+def _probe(config: EngineConfig) -> str:
+    """Download the weights once for all replicas of a node, then probe its devices.
 
     The probe runs in a subprocess, so that it leaves no memory allocated.
     """
@@ -293,8 +283,6 @@ def _probe(config: EngineConfig, look: bool) -> str:
 
     if config.model not in RANDOM_SPECS:
         open_model(config.model, config.revision, files=config.files)
-    if not look:
-        return ""
     environment = child_environment(os.environ)
     if not environment.get("CUDA_VISIBLE_DEVICES"):  # Ray hides GPUs from tasks that have not reserved any
         environment.pop("CUDA_VISIBLE_DEVICES", None)

@@ -15,21 +15,18 @@ from dataclasses import dataclass, replace
 
 from wanduet.cluster.files import open_files
 from wanduet.cluster.fit import NOWHERE, Fit, FitOf, Fitter
-from wanduet.cluster.handover import DECODER, Handover
 from wanduet.cluster.loras import NodeLoras
 from wanduet.cluster.settings import REPLICA_CONNECTIONS, ReplicaOrder
-from wanduet.cluster.shapes import Shape, declared_devices
+from wanduet.cluster.shapes import Shape
 from wanduet.cluster.store import ClusterStore
 from wanduet.folders import never_make
 from wanduet.jobs.logs import configure_logs
 from wanduet.jobs.runner import Runner
 from wanduet.jobs.supervisor import MEMORY_POOLS
 from wanduet.jobs.watchdog import Watchdog
-from wanduet.jobs.worker import ENGINE, make_engine
+from wanduet.jobs.worker import make_engine
 
 M_ARENA_MAX = -8  # from glibc's malloc.h
-ROOMY_HOST = 2**40  # bytes: host memory never limits a decoder
-DECODE_ENGINE = "wanduet.engine.decoder:Decoder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +57,14 @@ class Replica:
         settings = order.settings
         config = order.shape.engine_config(settings.worker.config)
         worker = replace(settings.worker, config=config, runner=settings.runner())
-        whole = order.shape.stage == "all"
-        if not whole:
-            engine = DECODE_ENGINE if worker.engine == ENGINE else worker.engine
-            attempt = replace(worker.runner.attempt, gives_back=True)
-            worker = replace(worker, engine=engine, runner=replace(worker.runner, attempt=attempt))
         self._engine = make_engine(worker)
-        fitter, fit_of = self._fits(order)
         self._loras = NodeLoras(config.lora_dir)
         self._store = ClusterStore(
             open_files(config.data_folder, settings.storage),
             order.database_url,
-            fit_of=fit_of,
+            fit_of=self._fits(order),
             devices=order.shape.gpus,
             patience_seconds=settings.patience_seconds,
-            handover=Handover(_decoder_fits(fitter)) if whole else None,
             retention_seconds=worker.retention_seconds,
             connections=REPLICA_CONNECTIONS,
         )
@@ -122,23 +112,23 @@ class Replica:
             self._store.close()
             self._watchdog.stop()
 
-    def _fits(self, order: ReplicaOrder) -> tuple[Fitter, FitOf]:
+    def _fits(self, order: ReplicaOrder) -> FitOf:
         """Return the engine's plans for the devices of this node, so that it refuses no job that it takes."""
         from wanduet.planning.hardware import detect
         from wanduet.runtime.models import Models
 
         config = order.settings.worker.config
         fitter = Fitter(Models(order.shape.engine_config(config)).memory, config)
-        here, stage = getattr(self._engine, "hardware", None) or detect(), order.shape.stage
+        here = getattr(self._engine, "hardware", None) or detect()
         if not order.shape.declared:
-            return fitter, lambda demand: fitter.on_hardware(demand, here, stage)
+            return lambda demand: fitter.on_hardware(demand, here)
         declared = order.shape.hardware
 
         def fit(demand: str) -> Fit:
-            found = fitter.on_hardware(demand, declared, stage)
-            return found if fitter.on_hardware(demand, here, stage).fits else NOWHERE
+            found = fitter.on_hardware(demand, declared)
+            return found if fitter.on_hardware(demand, here).fits else NOWHERE
 
-        return fitter, fit
+        return fit
 
 
 def prepare_process(threads: int) -> None:
@@ -153,13 +143,3 @@ def prepare_process(threads: int) -> None:
     import torch
 
     torch.set_num_threads(max(1, threads))
-
-
-def _decoder_fits(fitter: Fitter) -> Callable[[str, str], bool]:
-    """Return a function that returns whether a demand fits a decoder, given the name of its shape."""
-
-    def fits(shape: str, demand: str) -> bool:
-        devices = declared_devices(shape.removesuffix(DECODER))
-        return fitter.on(Shape(devices, ROOMY_HOST, stage="decode"))(demand).fits
-
-    return fits

@@ -2,14 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from wanduet.config import GIB, EngineConfig
 from wanduet.planning.hardware import DeviceInfo, Hardware, parse_hardware
 
 GROUP_SIZES = (1, 2, 4, 8)  # numbers of GPUs that denoise together: Ulysses and guidance divide by two
-
-Stage = Literal["all", "encode", "decode"]  # what a replica or node does of a job
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +14,13 @@ class Shape:
     """Resources of one replica on one node: GPUs, and a share of the host; without GPUs it computes on the CPU.
 
     `declared`: the GPUs do not exist; the node's operator declared them with a label. Such a replica plans for them and
-    computes on the CPU, to try a fleet out. `stage`: what it does of a job.
+    computes on the CPU, to try a fleet out.
     """
 
     devices: tuple[DeviceInfo, ...] = ()
     host_bytes: int = 0
     cpu_count: int = 1
     declared: bool = False
-    stage: Stage = "all"
 
     @property
     def gpus(self) -> int:
@@ -33,9 +29,8 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """Name for people and metrics: `2x24GiB`, `cpu`, `1x8GiB decode`."""
-        size = f"{self.gpus}x{min(d.total_bytes for d in self.devices) / GIB:.3g}GiB" if self.devices else "cpu"
-        return size if self.stage == "all" else f"{size} {self.stage}"
+        """Name for people and metrics: `2x24GiB`, `cpu`."""
+        return f"{self.gpus}x{min(d.total_bytes for d in self.devices) / GIB:.3g}GiB" if self.devices else "cpu"
 
     @property
     def hardware(self) -> Hardware:
@@ -54,9 +49,8 @@ class Shape:
 class Node:
     """A machine of the cluster.
 
-    `draining`: nothing starts there, and running jobs move away. `resting`: nothing starts there for now. `stage`: what
-    the node does of a job now. `wish`: the stage that its operator requested. `lacks`: tags of the demands whose LoRA
-    files it does not have.
+    `draining`: nothing starts there, and running jobs move away. `resting`: nothing starts there for now. `lacks`: tags of
+    the demands whose LoRA files it does not have.
     """
 
     id: str
@@ -68,8 +62,6 @@ class Node:
     resting: bool = False
     declared: bool = False
     computes: bool = True  # a node without GPUs takes replicas only if the CPU was selected
-    stage: Stage = "all"
-    wish: Stage | None = None
     lacks: frozenset[str] = frozenset()
 
     def shape(self, gpus: int) -> Shape:
@@ -85,10 +77,7 @@ class Node:
         )
 
     def shapes(self, only: int | None = None) -> Iterator[Shape]:
-        """Yield all shapes that fit on the empty node; `only` restricts whole-job shapes to that number of GPUs."""
-        if self.stage != "all":
-            yield replace(self.shape(0 if self.stage == "encode" else min(1, len(self.devices))), stage=self.stage)
-            return
+        """Yield all shapes that fit on the empty node; `only` restricts them to that number of GPUs."""
         if not self.devices:
             if self.computes:
                 yield self.shape(0)

@@ -1,13 +1,12 @@
 """The job store of a cluster's replicas: the same rows, leases and fencing tokens, claimed in the scheduler's order.
 
-It adds tables for each owner's position in virtual time, and for what the controller publishes about replicas, nodes
-and stages. No job depends on their content.
+It adds tables for each owner's position in virtual time, and for what the controller publishes about replicas and nodes. No
+job depends on their content.
 """
 
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,13 +15,12 @@ from sqlalchemy.dialects import postgresql, sqlite
 from wanduet.cluster import scheduler
 from wanduet.cluster.autoscaler import Backlog
 from wanduet.cluster.fit import FitOf
-from wanduet.cluster.handover import Handover, leaves_decode, ready_decoders
 from wanduet.cluster.loras import NodeLoras
 from wanduet.cluster.scheduler import PATIENCE_SECONDS, Pick, Share, Waiting
 from wanduet.jobs import statements
 from wanduet.jobs.database import OPEN_SECONDS
 from wanduet.jobs.files import JobFiles
-from wanduet.jobs.records import DECODE, WAITING, JobError, Lease, ModelId, StoredJob, demand_of, submitted_at
+from wanduet.jobs.records import WAITING, JobError, Lease, ModelId, StoredJob, submitted_at
 from wanduet.jobs.schema import SERIAL, jobs
 from wanduet.jobs.store import JobStore
 from wanduet.loras import Lora
@@ -58,17 +56,11 @@ drains = sa.Table(
 )
 
 
-# The controller's stage plan: one row, for people and `wanduet cluster status`.
-verdicts = sa.Table(
-    "cluster_stages",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("verdict", sa.JSON, nullable=False),
-)
+# Why the controller can make no videos: at most one row.
+troubles = sa.Table("cluster_trouble", metadata, sa.Column("trouble", sa.Text, primary_key=True))
 
 # Built once, for the same reason as those in `jobs.statements`.
 _REPLICAS = sa.select(replicas).order_by(replicas.c.node, replicas.c.id)
-_DECODES = sa.select(sa.func.count()).where(jobs.c.status == "queued", jobs.c.demand.startswith(DECODE))
 _GROUP = (jobs.c.owner, jobs.c.demand, jobs.c.priority)
 _WAITING = (
     sa.select(*_GROUP, sa.func.min(jobs.c.id), sa.func.count())
@@ -118,7 +110,6 @@ class ClusterStore(JobStore):
     """A job store whose `claim` takes jobs that fit a replica, in the scheduler's order.
 
     `fit_of` predicts what fits (None: this process claims nothing); `devices` is the replica's number of GPUs.
-    `handover`: pass it to a replica that does whole jobs and may leave decodes to decoders.
     """
 
     def __init__(
@@ -129,14 +120,12 @@ class ClusterStore(JobStore):
         fit_of: FitOf | None = None,
         devices: int = 1,
         patience_seconds: float = PATIENCE_SECONDS,
-        handover: Handover | None = None,
         **options: Any,
     ) -> None:
         super().__init__(files, url, **options)
         self._fit_of = fit_of
         self._devices = devices
         self._patience = patience_seconds
-        self._handover = handover
         self.loras: NodeLoras | None = None  # of the replica's node: jobs with others are not claimed
         self._create_tables()
 
@@ -155,17 +144,6 @@ class ClusterStore(JobStore):
                     return lease
         return None
 
-    def has_decoder(self, job: StoredJob) -> bool:
-        """Return whether to leave a job's decode to a decoder. If none takes it, a replica takes it back."""
-        if self._handover is None:
-            return False
-        fits, decoders = self._handover.fits, self.decoders()
-        if not decoders:
-            return False
-        with self._read() as connection:
-            queued = connection.scalar(_DECODES) or 0
-        return leaves_decode(job, decoders, queued, lambda shape: fits(shape, DECODE + demand_of(job.request)))
-
     def lacks_loras(self, job: StoredJob) -> bool:
         """Return whether this node has not the LoRA files of a job."""
         return self.loras is not None and not self.loras.has(_loras_in(job.request))
@@ -174,33 +152,6 @@ class ClusterStore(JobStore):
         """Return the LoRA of a job; none if it is gone."""
         with self._read() as connection:
             return _loras_in(connection.scalar(sa.select(jobs.c.request).where(jobs.c.id == job_id)) or {})
-
-    def decoders(self) -> list[str]:
-        """Return the shapes of ready decoders, from the controller's last list."""
-        return ready_decoders(self.replicas())
-
-    def prompts_ahead(self, limit: int) -> tuple[StoredJob, ...]:
-        """Return queued jobs whose text may need encoding, in the approximate order of claims."""
-        query = sa.select(jobs).where(jobs.c.status == "queued", sa.not_(jobs.c.demand.startswith(DECODE)))
-        with self._read() as connection:
-            rows = connection.execute(query.order_by(jobs.c.priority.desc(), jobs.c.id).limit(limit)).all()
-        return tuple(statements.to_job(row) for row in rows)
-
-    @contextmanager
-    def sole(self, keys: Iterable[str]) -> Iterator[frozenset[str]]:
-        """Lock those of the keys that no other process has locked, until the block or the connection ends."""
-        found = list(keys)
-        if self.database.dialect.name != "postgresql":  # SQLite is used by one machine only
-            yield frozenset(found)
-            return
-        with self.database.connect() as connection:  # its transaction stays open, and owns the locks
-            numbers = {key: int.from_bytes(sha256(key.encode()).digest()[:8], signed=True) for key in found}
-            lock = sa.func.pg_try_advisory_xact_lock
-            mine = [key for key in found if connection.scalar(sa.select(lock(numbers[key])))]
-            try:
-                yield frozenset(mine)
-            finally:
-                connection.invalidate()  # ending the connection releases its locks, whatever its state
 
     def waiting(self, alone: bool = True, model: ModelId | None = None) -> tuple[Waiting, ...]:
         """Return queued jobs in groups.
@@ -261,16 +212,18 @@ class ClusterStore(JobStore):
         with self._read() as connection:
             return [dict(row) for row in connection.execute(_REPLICAS).mappings()]
 
-    def publish_stages(self, verdict: dict[str, Any]) -> None:
-        """Store which nodes are dedicated to a stage, and why."""
+    def publish_trouble(self, trouble: str | None) -> None:
+        """Store why no videos can be made; None if they can."""
         with self._write() as connection:
-            connection.execute(sa.delete(verdicts))
-            connection.execute(sa.insert(verdicts).values(id=1, verdict=verdict))
+            connection.execute(sa.delete(troubles))
+            if trouble is not None:
+                connection.execute(sa.insert(troubles).values(trouble=trouble))
 
-    def stages(self) -> dict[str, Any]:
-        """Return the dict that `publish_stages` stored last; empty before."""
+    def trouble(self) -> str | None:
+        """Return what `publish_trouble` stored last; None before."""
         with self._read() as connection:
-            return dict(connection.scalar(sa.select(verdicts.c.verdict)) or {})
+            found: str | None = connection.scalar(sa.select(troubles.c.trouble))
+            return found
 
     def drain_node(self, node: str) -> None:
         """Request that a node is drained; it stays so until `undrain_node`."""
@@ -289,10 +242,6 @@ class ClusterStore(JobStore):
             return frozenset(connection.scalars(sa.select(drains.c.node)))
 
     # Internals.
-
-    def _after_crash(self, row: "sa.Row[Any]", error: JobError, max_crashes: int, alone: bool = True) -> dict[str, Any]:
-        """Make a whole job of one on which a decoder crashed: the next attempt finds its latents and only decodes."""
-        return super()._after_crash(row, error, max_crashes, alone) | {"demand": demand_of(row.request)}
 
     @contextmanager
     def _read(self) -> Iterator[sa.Connection]:
@@ -313,8 +262,6 @@ class ClusterStore(JobStore):
             rows = [] if alike else connection.execute(sa.select(shares)).all()
         if self.loras is not None:
             waiting = tuple(self.loras.available(waiting, self.loras_of))
-        if self._handover is not None:
-            waiting = tuple(self._handover.take_back(waiting, self.decoders))
         known = {row.owner: Share(row.start, row.finish) for row in rows}
         return scheduler.order(
             waiting, known, fit_of, self._clock(), devices=self._devices, patience_seconds=self._patience

@@ -12,11 +12,11 @@ NO_GPUS = (
 
 
 def find_trouble(nodes: Sequence[Node], replicas: Iterable[ReplicaView], scale: ScaleSettings) -> str | None:
-    """Return what keeps all replicas from doing whole jobs until somebody acts; None if nothing is known to.
+    """Return what keeps all replicas from doing jobs until somebody acts; None if nothing is known to.
 
     A replica that is starting, and nodes that Ray's own autoscaler can still add, are no trouble.
     """
-    if any(one.shape.stage == "all" and one.state != "draining" for one in replicas) or scale.expected:
+    if any(one.state != "draining" for one in replicas) or scale.expected:
         return None
     if not nodes:
         return "No node is ready yet: weights are being fetched to them, or none is up, which `ray status` says."

@@ -168,24 +168,21 @@ def bytes_on_disk(request: ResolvedRequest, spec: ModelSpec) -> int:
     return request.num_videos_per_prompt * int(pixels * BYTES_PER_PIXEL_FRAME + latents)
 
 
-def kept_latents(models: EngineModels, job: Job, any_precision: bool = False) -> tuple[Tensor, ...] | None:
+def kept_latents(models: EngineModels, job: Job) -> tuple[Tensor, ...] | None:
     """Return the saved latents of all videos of a job, `[16, T, h, w]` each, so that only the decode remains; None if
-    any are missing or do not match, or without `resume`.
-
-    `any_precision` accepts latents made with other dtypes than this engine would use, by another machine for example.
-    """
+    any are missing or do not match, or without `resume`."""
     if not job.output.resume or not all(video.latents_path.exists() for video in job.videos):
         return None
     found = []
     for video in job.videos:
-        latents = _kept_latents(models, video, any_precision)
+        latents = _kept_latents(models, video)
         if latents is None:
             return None
         found.append(latents)
     return tuple(found)
 
 
-def _kept_latents(models: EngineModels, video: Video, any_precision: bool = False) -> Tensor | None:
+def _kept_latents(models: EngineModels, video: Video) -> Tensor | None:
     """Return the latents that an earlier run saved beside the output, if they belong to this video; else None."""
     path = video.latents_path
     if not path.exists():
@@ -195,7 +192,7 @@ def _kept_latents(models: EngineModels, video: Video, any_precision: bool = Fals
     except UnreadableFileError as error:
         log.warning("%s Denoising again.", error)
         return None
-    if about.get("digest") != video_digest(models, video, about if any_precision else None):
+    if about.get("digest") != video_digest(models, video):
         return None
     video.reuse_latents(about)
     return latents

@@ -95,7 +95,7 @@ class Job:
     on_step: OnStep | None = None  # called after each step, in the denoising thread; may replace the latents
     watch: Watch | None = None  # called after each step, also of a group of ranks; only sees the latents
     on_predict: OnPredict | None = None  # called after each prediction, in the denoising thread; only sees it
-    leave_decode: Callable[[], bool] | None = None  # called once latents are saved; True: another worker decodes
+    decode: bool = True  # False: the job ends with its latents
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     warnings: list[str] = field(default_factory=list)
     rank_peaks: dict[str, int] = field(default_factory=dict)  # peak bytes by device of a group's processes

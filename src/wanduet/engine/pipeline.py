@@ -57,10 +57,9 @@ class Denoised:
 
 @dataclass(slots=True)
 class _Decoding:
-    """The state of a job in the decode stage. Only that stage's thread changes `results` and `waiting`."""
+    """The state of a job in the decode stage. Only that stage's thread changes `results`."""
 
-    results: list[VideoResult] = field(default_factory=list)
-    waiting: list[Denoised] = field(default_factory=list)  # for another worker, until all are there
+    results: list[VideoResult | None] = field(default_factory=list)
     names: Taken = field(default_factory=Taken)  # the reserved names of its videos, released when it ends
 
 
@@ -105,15 +104,14 @@ class Engine:
         output: OutputOptions | str | Path,
         on_step: OnStep | None = None,
         watch: Watch | None = None,
-        leave_decode: Callable[[], bool] | None = None,
         on_predict: OnPredict | None = None,
+        decode: bool = True,
     ) -> Job:
         """Check, plan and queue a request. `output`: a path alone is that of an H.264 video.
 
         `on_step` is called after each step and may change the latents; it does not work with a group of ranks. `watch`
-        is called too, but only sees the latents, and works with a group. `leave_decode` is called once the latents are
-        saved; return True to leave the decode to another worker: the job then ends with no videos in its result.
-        `on_predict` is called after each prediction of velocities, unless a group of ranks makes them.
+        is called too, but only sees the latents, and works with a group. `on_predict` is called after each prediction of
+        velocities, unless a group of ranks makes them. `decode` False: the job ends with its latents, and no videos.
 
         Raises InvalidRequestError, DoesNotFitError or OutputError before anything is loaded, and CancelledError if the
         engine is closed or closes meanwhile. It also raises OutputError if an unfinished job, of this engine or of
@@ -142,7 +140,7 @@ class Engine:
         check_writable(output.video_path(0, count), generate.bytes_on_disk(resolved, self.models.spec))
         container_for(output.path, output.codec)
         VideoSpec(resolved.height, resolved.width, resolved.fps, output.codec, output.quality)
-        job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step, watch, on_predict, leave_decode)
+        job = Job(resolved, plan, output, self._fallback(resolved, plan), on_step, watch, on_predict, decode)
         job.warnings += self.models.transformer.loras.warnings(resolved)
         job.warnings += few_step_warnings(
             resolved.model_dump(), self.models.transformer.loras.spec_for(resolved).defaults
@@ -287,8 +285,7 @@ class Engine:
             del item
 
     def _decode_here(self, job: Job, latents: Iterable[Tensor]) -> None:
-        """Queue saved latents for this engine's decode; `leave_decode` is not called for them again."""
-        job.leave_decode = None
+        """Queue saved latents for this engine's decode."""
         for video, one in zip(job.videos, latents, strict=True):
             self._to_decode.put(Denoised(video, one))
 
@@ -297,27 +294,16 @@ class Engine:
         decoding = self._open.get(job)
         if decoding is None:  # another video of this job has failed meanwhile
             return
-        waiting, results = decoding.waiting, decoding.results
-        waiting.append(item)
-        # After a False, `leave_decode` is not called again. After a True it is called for each further video, and must
-        # return True for the last one too. It may first copy the latents to others; in this stage, that delays no
-        # denoise.
-        may_leave = job.leave_decode is not None and (item.video.index == 0 or len(waiting) > 1)
-        # A video that an earlier run finished has no latents.
-        may_leave = may_leave and not any(isinstance(one.latents, VideoResult) for one in waiting)
-        if may_leave and job.leave_decode is not None and job.leave_decode():
-            if len(waiting) == len(job.videos):
-                self._succeed(job, ())
-            return
-        for one in waiting:
-            if isinstance(one.latents, VideoResult):
-                results.append(one.latents)
-                continue
+        made: VideoResult | None = None  # without a decode
+        if isinstance(item.latents, VideoResult):  # an earlier run finished it
+            made = item.latents
+        elif job.decode:
             with self.trace.span("decode", job):
-                results.append(generate.decode_video(self.models, one.video, one.latents))
-        waiting.clear()
+                made = generate.decode_video(self.models, item.video, item.latents)
+        results = decoding.results
+        results.append(made)
         if len(results) == len(job.videos):
-            self._succeed(job, tuple(results))
+            self._succeed(job, tuple(one for one in results if one is not None))
 
     def _succeed(self, job: Job, videos: tuple[VideoResult, ...]) -> None:
         job.add_time("total_s", time.perf_counter() - job.created)

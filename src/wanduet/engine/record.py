@@ -40,24 +40,15 @@ _IF_SET = ("weights",)
 _NOT_IN_LATENTS = ("fps", "num_videos_per_prompt")
 
 
-def video_digest(models: Models, video: Video, made: Mapping[str, Any] | None = None) -> str:
-    """Return the digest of everything that determines a video's latents; the key of its checkpoints and latents.
-
-    `made`: the metadata of a latents file, whose dtypes are used instead of this engine's. Pass it to decode latents
-    from another machine.
-    """
-    settings = _settings_of_latents(models, video)
-    if made is not None:
-        before = made.get("engine", {})
-        settings = {name: before.get(name) for name in settings if name not in _IF_SET}
-        settings |= {name: before[name] for name in _IF_SET if name in before}
+def video_digest(models: Models, video: Video) -> str:
+    """Return the digest of everything that determines a video's latents; the key of its checkpoints and latents."""
     about = {
         "request": {k: v for k, v in _recorded(video.request).items() if k not in _NOT_IN_LATENTS},
         "index": video.index,
         "model": models.about,
         "text_encoder": None if models.folder is None else models.folder.text_fingerprint,
         "text_len": models.spec.text_len,
-        **settings,
+        **_settings_of_latents(models, video),
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
 

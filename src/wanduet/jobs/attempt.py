@@ -30,7 +30,6 @@ from wanduet.jobs.keeper import AttemptSettings, LeaseKeeper
 from wanduet.jobs.logs import describe_error
 from wanduet.jobs.prompts import forget_prompts
 from wanduet.jobs.records import (
-    DECODE,
     InputLostError,
     JobError,
     Lease,
@@ -38,7 +37,6 @@ from wanduet.jobs.records import (
     OutputFile,
     StaleLeaseError,
     UnknownJobError,
-    demand_of,
 )
 from wanduet.jobs.store import JobStore
 from wanduet.jobs.watchdog import FOREVER, Activity, Patience, Watchdog
@@ -94,11 +92,7 @@ class Attempt:
 
     def _work_and_end(self) -> None:
         try:
-            outcome = self._saved_outcome() or self._generate()
-            if outcome is None:
-                self._leave_to_decoder()
-            else:
-                self._publish(outcome)
+            self._publish(self._saved_outcome() or self._generate())
         except StaleLeaseError:
             self._lost()
         except CancelledError as error:
@@ -119,13 +113,13 @@ class Attempt:
         except Exception as error:
             self._crashed(error)
 
-    def _generate(self) -> dict[str, Any] | None:
-        """Run the job on the engine. Returns the content of `result.json`, None if another worker is to decode."""
+    def _generate(self) -> dict[str, Any]:
+        """Run the job on the engine. Returns the content of `result.json`."""
         request = GenerationRequest.parse(**self._lease.job.request)
         output = self._hooks.make_output(self._work, self._lease.job.attempts > 1)
         watcher = self._hooks.watch_steps(self._engine, self._store.files.preview_path(self._lease.job.id), request)
         given = self._with_input(request)
-        running = self._engine.submit(given, output, watch=watcher, leave_decode=self._leaves_decode)
+        running = self._engine.submit(given, output, watch=watcher)
         try:
             result, steps = self._follow(running, request.num_videos_per_prompt)
         except BaseException:
@@ -136,8 +130,6 @@ class Attempt:
             raise
         finally:
             self._activity.left()
-        if not result.videos:
-            return None
         outcome = {
             "videos": [video.path.name for video in result.videos],
             "report": {
@@ -155,7 +147,7 @@ class Attempt:
 
     def _with_input(self, request: GenerationRequest) -> GenerationRequest:
         """Return the request with its input video's path in place of the hash. Raises InputLostError."""
-        if request.input_video is None or self._settings.gives_back:  # a worker that only decodes needs no input
+        if request.input_video is None:
             return request
         path = self._store.files.bring_input(self._lease.job.id)
         if path is None:
@@ -191,19 +183,6 @@ class Attempt:
                 steps += before == (event.video, event.done - 1)
                 before = event.video, event.done
         return running.result(), steps
-
-    def _leaves_decode(self) -> bool:
-        """Return True if another worker will decode, and can read the latents."""
-        job = self._lease.job
-        try:
-            return self._store.has_decoder(job) and self._store.files.keep(job.id)
-        except SQLAlchemyError as error:
-            self._log.warning("the job store cannot be reached", error=type(error).__name__)
-            return False
-
-    def _leave_to_decoder(self) -> None:
-        left = DECODE + demand_of(self._lease.job.request)
-        self._settle(lambda: self._store.release(self._lease, left), "left to a decoder")
 
     def _put_back(self) -> None:
         self._store.files.keep(self._lease.job.id)
@@ -278,9 +257,8 @@ class Attempt:
 
     def _failed(self, error: WanduetError) -> None:
         about = getattr(error, "field", None)
-        if self._settings.gives_back or (about == "loras" and self._store.lacks_loras(self._lease.job)):
-            whole = demand_of(self._lease.job.request)
-            return self._end(lambda: self._store.release(self._lease, whole), f"given back: {error.code}")
+        if about == "loras" and self._store.lacks_loras(self._lease.job):
+            return self._end(lambda: self._store.release(self._lease), f"given back: {error.code}")
         if isinstance(error, InvalidRequestError) and about in ("input_video", "loras"):
             error = LoraLostError(error.given) if about == "loras" else self._of_input(error)
         if error.__cause__ is not None or bool(

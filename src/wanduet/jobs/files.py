@@ -88,9 +88,6 @@ class JobFiles:
         """
         return True
 
-    def offer(self, job_id: str, paths: Iterable[Path]) -> None:
-        """Store cached embeddings where a job's attempts find them on other nodes. In a folder, nothing to do."""
-
     def publish(self, job_id: str, token: int, index: int, source: Path) -> OutputFile:
         """Publish a finished video; the work file stays until `discard_work`. Raises OutputError."""
         return OutputFile("video", index, *self._link(source, self._target(job_id, token, index, "video")))

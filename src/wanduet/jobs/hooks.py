@@ -46,13 +46,8 @@ class VideoEngine(Protocol):
         output: "OutputOptions",
         *,
         watch: Watcher | None = None,
-        leave_decode: Callable[[], bool] | None = None,
     ) -> RunningJob:
-        """Start a job that writes its videos to `output`; if `output.resume` is True, continue from what exists there.
-
-        `leave_decode`: called once the latents are saved; return True to leave the decode to another worker. The
-        result then has no videos.
-        """
+        """Start a job that writes its videos to `output`; if `output.resume` is True, continue from what exists there."""
 
 
 def engine_output(path: Path, resume: bool) -> "OutputOptions":

@@ -36,8 +36,7 @@ class AttemptSettings:
     """Times in seconds.
 
     `max_crashes`: consecutive crashes at the same progress after which a job fails. `reserve_bytes`: while the disk has
-    less free space, no job is started, and one that could not write its video waits. `gives_back`: for a worker that
-    does only one part of a job; a job that fails there goes back into the queue for a worker that does all of it.
+    less free space, no job is started, and one that could not write its video waits.
     """
 
     poll_seconds: float = 0.25
@@ -46,7 +45,6 @@ class AttemptSettings:
     max_crashes: int = 3
     reserve_bytes: int = 64 * 2**20
     log_prompts: bool = False
-    gives_back: bool = False
 
 
 class LeaseKeeper:

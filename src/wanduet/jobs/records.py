@@ -23,7 +23,6 @@ WORKER_CRASHED = "worker_crashed"
 MODEL_CHANGED = "model_changed"
 WAITING = "waiting"  # phase of a queued job that no worker can take; also the key of the reason in its report
 INPUT = "input"  # variant of the video that a job starts from, among its files
-DECODE = "decode:"  # begins the demand of a job whose latents are kept, and only their decode is left to do
 
 _ID = re.compile(r"video_[0-9a-f]{12}[0-9a-f]{20}")
 

@@ -247,18 +247,10 @@ class JobStore:
         with self._write() as connection:
             return statements.to_job(statements.commit(connection, lease, self._failed(error)))
 
-    def release(self, lease: Lease, demand: str | None = None) -> None:
-        """Put the job back into the queue without counting a crash, for example while draining. Raises StaleLeaseError.
-
-        `demand` replaces the job's demand if only a part of the work is left.
-        """
-        changed = {} if demand is None else {"demand": demand}
+    def release(self, lease: Lease) -> None:
+        """Put the job back into the queue without counting a crash, for example while draining. Raises StaleLeaseError."""
         with self._write() as connection:
-            statements.commit(connection, lease, endings.BACK_IN_THE_QUEUE | changed)
-
-    def has_decoder(self, job: StoredJob) -> bool:
-        """Whether another worker is there to decode the job's latents. On one machine, none is."""
-        return False
+            statements.commit(connection, lease, endings.BACK_IN_THE_QUEUE)
 
     def lacks_loras(self, job: StoredJob) -> bool:
         """Whether other workers may have the job's LoRA, and this one has not. On one machine, all have the same."""

@@ -83,10 +83,6 @@ class Explanation:
             found += (Choice("layout", value, self._layout()),)
         return found + unused_settings(self.plan, self.config)
 
-    def choices_of_decode(self) -> tuple[Choice, ...]:
-        """Return the explained settings of a decode without a denoise."""
-        return self._vae_dtype(), self._tf32(), self._decode(), self._kernels("vae_kernels", self._vae)
-
     @property
     def _transformer(self) -> DeviceInfo:
         return self.hardware.device(self.plan.transformer.device)

@@ -29,7 +29,7 @@ from wanduet.footprint.phases import (
 )
 from wanduet.models.vae.rows import Tiling
 from wanduet.planning.alternatives import alternatives
-from wanduet.planning.cost import Seconds, cut_seconds, decode_seconds, predict_seconds, rate, step_seconds
+from wanduet.planning.cost import predict_seconds, rate, step_seconds
 from wanduet.planning.explain import Explanation
 from wanduet.planning.hardware import DeviceInfo, Hardware, check_attention, check_quantize
 from wanduet.planning.placement import Placement, find_placements, pairs_up, parallel_placement, sequence_cost
@@ -43,7 +43,7 @@ from wanduet.planning.plan import (
     TransformerPlan,
     VAEPlan,
 )
-from wanduet.planning.search import DECODE_MODES, ENCODE_TILES, Candidate, candidates, memory_rank
+from wanduet.planning.search import ENCODE_TILES, Candidate, candidates, memory_rank
 from wanduet.planning.text import better_texts, plan_text
 from wanduet.request import ResolvedRequest
 from wanduet.weights.safetensors import MAPPED_BYTES
@@ -96,13 +96,6 @@ def make_plan(
                 "predicted_seconds": round(predicted.seconds.total, 1),
             }
     return replace(plan, nearest_that_fits=tuple(found.values()))
-
-
-def make_decode_plan(request: ResolvedRequest, memory: ModelMemory, config: EngineConfig, hardware: Hardware) -> Plan:
-    """Return the plan of a worker that only decodes: the VAE alone on the device, with the fastest tiling that fits."""
-    memory = replace(memory, weights=config.weights)
-    plan = Planner(request, memory, config, hardware, plan_text(memory.spec, config, hardware)).decode_only()
-    return replace(plan, choices=Explanation(plan, request, memory, config, hardware).choices_of_decode())
 
 
 @dataclass(frozen=True)
@@ -175,32 +168,6 @@ class Planner:
         """Raise ConfigError if the user wants sparse attention on devices of which each would see a part of the keys."""
         if self.config.strategy == "parallel":
             raise ring_refused(self._spec.transformer, self.request.sparse, ranks)
-
-    def decode_only(self) -> Plan:
-        """Return the fastest decode that fits a device that runs nothing else, or the one that needs least memory."""
-        device = find_placements(replace(self.config, strategy="single"), self.hardware)[0].vae
-        dtype, name = self._vae_dtype, device.name
-        weights = self.memory.vae_weights(dtype)
-
-        def on_device(mode: Tiling) -> DevicePrediction:
-            needed = weights + self.memory.decode(self._size, mode, dtype, name)
-            return self._device(device, "vae", {"denoise": 0, "decode": needed})
-
-        seconds = decode_seconds(self.request, self._spec, device, dtype)
-        modes = sorted(DECODE_MODES, key=lambda mode: cut_seconds(self.request, seconds, mode))
-        tried = ((mode, on_device(mode)) for mode in modes)
-        smallest = DECODE_MODES[-1], on_device(DECODE_MODES[-1])
-        mode, predicted = next(((mode, one) for mode, one in tried if one.peak <= one.limit_bytes), smallest)
-        host = HOST_BASE_BYTES + (predicted.peak if device.is_cpu else 0)
-        host += self.memory.decode_host(self._size, mode, dtype, name)
-        return Plan(
-            "single",
-            TransformerPlan(name, self.transformer_dtype(device), 0, "pinned", True, self._weights(device)),
-            VAEPlan(name, dtype, mode, self.config.tf32),
-            self.text,
-            both_resident=True,
-            prediction=Prediction((predicted,), host, self._host_limit, Seconds(0.0, seconds)),
-        )
 
     def too_small_for_the_models(self, plan: Plan) -> bool:
         """Return True if all models are on the host and their weights alone exceed its memory."""

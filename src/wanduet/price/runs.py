@@ -48,7 +48,7 @@ def make(
     engine: Engine, request: GenerationRequest, path: Path, progress: Progress, on_predict: OnPredict | None = None
 ) -> Made:
     """Make a video; its latents are kept at `path`. Raises the job's errors, and CancelledError on Ctrl-C."""
-    job = engine.submit(request, _output(path), leave_decode=lambda: True, on_predict=on_predict)
+    job = engine.submit(request, _output(path), decode=False, on_predict=on_predict)
     return _made(engine, job, path, progress)
 
 
@@ -57,7 +57,7 @@ def follow(
 ) -> None:  # fmt: skip
     """Make the latents of a video along another run's trajectory, and leave none. Raises as `make` does."""
     job = engine.submit(
-        request, _output(path), followed.next_latents, leave_decode=lambda: True, on_predict=followed
+        request, _output(path), followed.next_latents, decode=False, on_predict=followed
     )  # fmt: skip
     try:
         with _cleared(engine, job):
@@ -81,7 +81,7 @@ def make_with_other_kernels(engine: Engine, request: GenerationRequest, path: Pa
     with other_kernels(plan, resolved, engine.models.spec) as applies:
         if plan.strategy == "parallel" or (plan.transformer.device == "cpu" and not applies):
             return None
-        job = engine.submit(request, _output(path), watch=watch, leave_decode=lambda: True)
+        job = engine.submit(request, _output(path), watch=watch, decode=False)
         made = _made(engine, job, path, progress)
     return made if applies or changed[0] else None
 

@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,7 @@ from wanduet.jobs.files import JobFiles
 from wanduet.jobs.runner import RunnerSettings
 from wanduet.jobs.worker import WorkerSettings
 
-REASON = "apart: old decode 35% of the videos (do better at it than at denoising); +18% throughput"
-ROW = {"id": "r", "node": "old", "shape": "1x24GiB decode", "state": "ready", "worker": "w", "jobs": 1}
+ROW = {"id": "r", "node": "old", "shape": "1x24GiB", "state": "ready", "worker": "w", "jobs": 1}
 URL = "postgresql+psycopg://nobody@nowhere/nothing"
 
 
@@ -36,26 +36,24 @@ def wanduet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     return call
 
 
-def test_status_tells_the_replicas_and_whether_stages_live_apart_and_why(tmp_path: Path, wanduet) -> None:
+def test_status_tells_the_replicas(tmp_path: Path, wanduet) -> None:
     assert wanduet("status") == "0 jobs wait\n"  # before a controller has looked
     with closing(ClusterStore(JobFiles(tmp_path))) as store:
         store.publish([ROW])
-        store.publish_stages({"apart": True, "reason": REASON, "nodes": {"old": "decode"}})
-    shown = wanduet("status")
-    assert f"stages {REASON}\n" in shown
-    assert "1x24GiB decode" in shown
+    assert "1x24GiB" in wanduet("status")
     told = json.loads(wanduet("status", "--json"))
-    assert told["stages"]["nodes"] == {"old": "decode"}
-    assert told["replicas"] == [ROW]
+    assert told == {"replicas": [ROW], "draining": [], "waiting": {}, "trouble": None}
 
 
 def test_status_says_why_no_videos_are_made(tmp_path: Path, wanduet) -> None:
     trouble = "Replicas want GPUs."
     with closing(ClusterStore(JobFiles(tmp_path))) as store:
-        store.publish_stages({"apart": False, "reason": "together: no node could do a stage only", "trouble": trouble})
+        store.publish_trouble(trouble)
     assert trouble in wanduet("status")
-    assert "stage only" not in wanduet("status")
-    assert json.loads(wanduet("status", "--json"))["stages"]["trouble"] == trouble
+    assert json.loads(wanduet("status", "--json"))["trouble"] == trouble
+    with closing(ClusterStore(JobFiles(tmp_path))) as store:
+        store.publish_trouble(None)
+    assert trouble not in wanduet("status")
 
 
 def test_readiness_says_why_no_replica_takes_jobs(tmp_path: Path) -> None:
@@ -68,7 +66,7 @@ def test_readiness_says_why_no_replica_takes_jobs(tmp_path: Path) -> None:
         assert "starting" in (process.trouble or "")
         process._process = SimpleNamespace(pid=1, poll=lambda: None)
         assert process.trouble is None, "a replica would be started for a job"
-        store.publish_stages({"apart": False, "reason": "", "trouble": "Replicas want GPUs."})
+        store.publish_trouble("Replicas want GPUs.")
         assert process.trouble == "Replicas want GPUs."
         store.publish([{**ROW, "shape": "1x24GiB"}])
         assert process.trouble is None, "a replica takes jobs, whatever else is wrong"
@@ -84,15 +82,15 @@ def test_a_controllers_beat_is_its_supervisors_and_not_its_replicas_business(tmp
 
 
 def test_the_flag_reaches_the_controller_and_needs_a_cluster() -> None:
-    def settings(**flags: str) -> object:
+    def settings(**flags: Any) -> Any:
         return ClusterFlags(**flags).settings(EngineConfig(), RunnerSettings(), None, URL)
 
-    assert settings(cluster="auto").scale.stages == "auto"
-    apart = settings(cluster="auto", stages="apart")
-    assert apart.scale.stages == "apart"
-    assert apart.fingerprint == settings(cluster="auto").fingerprint  # no replica depends on it
+    assert settings(cluster="auto").scale.maximum == 64
+    fewer = settings(cluster="auto", max_replicas=3)
+    assert fewer.scale.maximum == 3
+    assert fewer.fingerprint == settings(cluster="auto").fingerprint  # no replica depends on it
     with pytest.raises(ConfigError):
-        settings(stages="apart")
+        settings(max_replicas=3)
 
 
 def test_each_kind_of_expected_nodes_has_its_label_and_its_replica() -> None:

@@ -19,7 +19,6 @@ from wanduet.cluster.controller import FIRST_PAUSE, LEADER_LOCK, Controller, Lea
 from wanduet.cluster.fit import Fit
 from wanduet.cluster.settings import ClusterSettings
 from wanduet.cluster.shapes import Expected, Gone, Node, ReplicaView, declared_devices
-from wanduet.cluster.stages import Costs, NodeCosts
 from wanduet.cluster.store import ClusterStore
 from wanduet.cluster.trouble import find_trouble
 from wanduet.config import EngineConfig
@@ -74,11 +73,8 @@ class Bench:
         settings = ClusterSettings(
             WorkerSettings(EngineConfig(data_dir=folder)), scale=ScaleSettings(**{"minimum": 0, **scale})
         )
-        self.costs = lambda node, demand, gpus: NodeCosts(node.name, len(node.devices), Costs(9.0, 1.0))
         self.fits = lambda shape, demand: not demand.startswith("9984")
-        fitter = SimpleNamespace(
-            on=lambda shape: lambda demand: Fit(self.fits(shape, demand)), node_costs=lambda *about: self.costs(*about)
-        )
+        fitter = SimpleNamespace(on=lambda shape: lambda demand: Fit(self.fits(shape, demand)))
         self.controller = Controller(self.store, self.fleet, fitter, settings, monotonic=lambda: self.now, model=model)
 
     def submit(self, **changes: object) -> str:
@@ -291,7 +287,7 @@ def test_a_cluster_without_gpus_says_so_at_once_and_what_to_do(bench: Bench) -> 
     bench.fits = lambda shape, demand: False
     job = bench.submit()
     bench.controller.reconcile()
-    for reason in (bench.store.stages()["trouble"], bench.store.get(job).waits_for):
+    for reason in (bench.store.trouble(), bench.store.get(job).waits_for):
         assert "want GPUs" in reason
         assert "--devices cpu" in reason
         assert "wanduet.io/gpus" in reason
@@ -301,7 +297,7 @@ def test_a_cluster_without_gpus_says_so_at_once_and_what_to_do(bench: Bench) -> 
     bench.fleet.all_nodes.append(Node("n2", "two", declared_devices("1x24GiB"), 2**36, 8))
     bench.fits = lambda shape, demand: bool(shape.gpus)
     bench.controller.reconcile()
-    assert bench.store.stages()["trouble"] is None
+    assert bench.store.trouble() is None
     assert [bench.store.get(one).waits_for for one in (job, late)] == [None, None]
     assert [bench.store.get(one).status for one in (job, late)] == ["queued", "queued"]
 
@@ -324,7 +320,7 @@ def test_a_job_that_fits_no_node_says_so_while_it_waits_for_one(bench: Bench) ->
     assert "fits no node" in bench.store.get(huge).waits_for
     assert "with products in fp8 fits no node" in bench.store.get(in_fp8).waits_for
     assert bench.store.get(small).waits_for is None
-    assert bench.store.stages()["trouble"] is None
+    assert bench.store.trouble() is None
     bench.store.claim("w", 30.0)
 
 

@@ -1,7 +1,6 @@
 """Fits come from the plan, by the demand that stands in a job's row."""
 
 from dataclasses import replace
-from math import inf
 
 import pytest
 from hypothesis import assume, given
@@ -12,7 +11,7 @@ from wanduet.cluster.shapes import Node, Shape, declared_devices
 from wanduet.config import EngineConfig
 from wanduet.errors import InvalidRequestError
 from wanduet.family.wan21 import WAN_1_3B
-from wanduet.jobs.records import DECODE, SHORT_NAMES, demand_of
+from wanduet.jobs.records import SHORT_NAMES, demand_of
 from wanduet.jobs.schema import jobs
 from wanduet.planning.hardware import parse_hardware
 from wanduet.planning.planner import make_plan
@@ -90,7 +89,7 @@ def test_the_longest_demand_has_room_in_its_column() -> None:
             quantize_attention="int8-fast", loras=["a" * 250] * 32, **more,
         )  # fmt: skip
         demand = demand_of(request.model_dump())
-        assert len(DECODE + demand) <= jobs.c.demand.type.length
+        assert len(demand) <= jobs.c.demand.type.length
         letters |= {letter for letter in SHORT_NAMES if f"/{letter}=" in demand}
     assert set(OFF_VALUES) == set(SHORT_NAMES.values())
     assert letters == set(SHORT_NAMES)
@@ -107,9 +106,9 @@ def test_a_fit_is_what_the_plan_says(models: Models, gpus: str, demand: str) -> 
 
 
 def test_skipped_steps_take_no_time(models: Models) -> None:
-    fits = Fitter(models.memory, EngineConfig(model="random:1.3b")).on(shape("1x24GiB"))
+    fitter, hardware = Fitter(models.memory, EngineConfig(model="random:1.3b")), shape("1x24GiB").hardware
     whole, cached, gated = (
-        fits(f"{SMALL}{more}").costs.denoise  # type: ignore[union-attr]
+        fitter.plan(f"{SMALL}{more}", hardware).prediction.seconds.denoise
         for more in ("", "/c=magcache:0.12", "/c=magcache:0.12/g=0.5")
     )
     assert gated < 0.45 * whole < cached < 0.55 * whole
@@ -148,40 +147,3 @@ def test_part_of_an_uneven_node_is_as_small_as_its_smallest_card() -> None:
     node = Node("n", "n", declared_devices("24GiB_12GiB"), 64 * 2**30, 8)
     assert [one.name for one in node.shapes()] == ["1x12GiB", "2x12GiB"]
     assert [d.total_bytes // 2**30 for d in node.shape(2).devices] == [24, 12]
-
-
-def test_a_decoder_takes_decodes_and_a_replica_both(models: Models) -> None:
-    fitter = Fitter(models.memory, EngineConfig(model="random:1.3b"))
-    whole = shape("1x24GiB")
-    decoder = replace(whole, stage="decode")
-    assert [fitter.on(one)(SMALL).fits for one in (whole, decoder)] == [True, False]
-    assert [fitter.on(one)(DECODE + SMALL).fits for one in (whole, decoder)] == [True, True]
-    alone, beside = fitter.on(decoder)(DECODE + SMALL), fitter.on(whole)(DECODE + SMALL)
-    assert 0 < alone.seconds <= beside.seconds < fitter.on(whole)(SMALL).seconds
-    assert not fitter.on(replace(whole, stage="encode"))(SMALL).fits
-    assert not fitter.on(decoder)("decode:nonsense").fits  # a replica will say what is wrong with it
-
-
-def test_a_card_too_small_for_a_video_may_decode_it(models: Models) -> None:
-    fitter = Fitter(models.memory, EngineConfig(model="random:1.3b"))
-    small = Node("n", "n", declared_devices("1x4GiB"), 2**34, 8)
-    costs = fitter.node_costs(small, "1080x1920x81/50/2/1")
-    assert (costs.replicas, costs.decoders) == (0, 1)
-    assert costs.decode < 1e6
-    assert fitter.node_costs(small, DECODE + "1080x1920x81/50/2/1") == costs
-
-
-def test_the_text_is_slow_on_a_host_that_many_replicas_share_and_quick_on_an_encoder(models: Models) -> None:
-    fitter = Fitter(models.memory, EngineConfig())  # with a text encoder, which random models do without
-    one, eight = (Node("n", "n", declared_devices(f"{count}x80GiB"), 2**38, 8) for count in (1, 8))
-    alone = Node("c", "c", (), 2**36, 32, computes=False, wish="encode")
-    costs = [fitter.node_costs(node, SMALL, 1) for node in (one, eight, alone)]
-    assert 0 < costs[2].encode_dedicated < costs[0].encode < costs[1].encode
-    assert [cost.encode_dedicated for cost in costs[:2]] == [inf, inf]
-    assert costs[2].replicas == 0
-    assert fitter.encoder_residency(2**36) == "resident"
-    assert fitter.encoder_residency(2**33) == "streamed"
-    unlabelled = fitter.node_costs(replace(alone, wish=None), SMALL)
-    cacheless = Fitter(models.memory, EngineConfig(cache_embeddings=False)).node_costs(alone, SMALL)
-    random = Fitter(models.memory, EngineConfig(model="random:1.3b")).node_costs(alone, SMALL)
-    assert [cost.encode_dedicated for cost in (unlabelled, cacheless, random)] == [inf] * 3

@@ -57,8 +57,6 @@ def test_labels_are_those_that_are_looked_for() -> None:
     fleet = pytest.importorskip("wanduet.cluster.ray_fleet", reason="needs ray")
     found = documents()
     labels = [group["labels"] for group in found["RayCluster"]["spec"]["workerGroupSpecs"]]
-    assert labels.pop() == {fleet.STAGE_LABEL: "encode"}
-    assert f"{fleet.STAGE_LABEL}=encode" in (ROOT / "docs" / "cluster.md").read_text()
     (command,) = found["Deployment"]["spec"]["template"]["spec"]["containers"][0]["args"]
     expected = re.search(r"--expect-nodes (\S+)", command)
     assert expected is not None

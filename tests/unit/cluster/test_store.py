@@ -177,24 +177,3 @@ def test_a_database_of_the_first_version_gets_its_demands(tmp_path: Path) -> Non
     with closing(ClusterStore(JobFiles(tmp_path), fit_of=fits("640"))) as cluster:
         assert cluster.claim("w", 30.0).job.id == job
         assert cluster.waiting() == ()
-
-
-def test_what_one_encoder_has_no_other_gets_until_it_is_given_up(open_cluster) -> None:
-    ours, theirs = open_cluster(), open_cluster()
-    alone = ours.database.dialect.name != "postgresql"  # one machine's: nobody competes
-    with ours.sole(["x", "y"]) as mine, theirs.sole(["y", "z"]) as others:
-        assert mine == {"x", "y"}
-        assert others == ({"y", "z"} if alone else {"z"})
-    with theirs.sole(["x", "y"]) as others:
-        assert others == {"x", "y"}
-
-
-def test_prompts_ahead_are_those_of_whole_jobs_in_the_order_of_the_queue(open_cluster) -> None:
-    store = open_cluster(fit_of=fits("32"))
-    left = submit(store)
-    store.release(store.claim("w", 30.0), "decode:x")
-    later = submit(store)
-    urgent = submit(store, priority=1)
-    assert [job.id for job in store.prompts_ahead(9)] == [urgent, later]
-    assert [job.id for job in store.prompts_ahead(1)] == [urgent]
-    assert store.get(left).status == "queued"

@@ -83,25 +83,6 @@ def test_each_of_a_jobs_videos_is_another_denoise(config) -> None:
     assert len({video_digest(models, video) for video in job.videos}) == 3
 
 
-def test_who_only_decodes_takes_latents_of_another_precision(config) -> None:
-    """A decoder's own plan says nothing of how another machine has denoised."""
-    models, job = job_of(config, transformer_dtype="bfloat16")
-    made = provenance_of(models, job.videos[0])
-    others, here = job_of(config, transformer_dtype="float32")
-    assert video_digest(others, here.videos[0]) != video_digest(models, job.videos[0])
-    assert video_digest(others, here.videos[0], made) == video_digest(models, job.videos[0])
-
-
-@pytest.mark.parametrize(("made_as", "decoded_as"), [("q8", "auto"), ("auto", "q8")])
-def test_who_only_decodes_takes_latents_of_another_format(config, made_as, decoded_as) -> None:
-    models, job = job_of(config, weights=made_as)
-    made = provenance_of(models, job.videos[0])
-    others, here = job_of(config, weights=decoded_as)
-    assert video_digest(others, here.videos[0], made) == video_digest(models, job.videos[0])
-    here.videos[0].denoised = made
-    assert provenance_of(others, here.videos[0])["engine"].get("weights") == made["engine"].get("weights")
-
-
 def test_a_format_that_is_the_transformer_s_dtype_changes_nothing(config) -> None:
     same = [digest_of(config, transformer_dtype="bfloat16", weights=name) for name in ("auto", "bf16")]
     assert same[0] == same[1] != digest_of(config, transformer_dtype="float32", weights="bf16")

@@ -82,10 +82,8 @@ class FakeJob:
         output: Output,
         watch: Any,
         pace: "Pace | None" = None,
-        leave_decode: Callable[[], bool] | None = None,
     ) -> None:
         self.data, self.request, self.output, self.watch = data, request, output, watch
-        self.leave_decode = leave_decode
         self.pace = pace or (lambda job, step: time.sleep(STEP_SECONDS))
         self.cancelled = threading.Event()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -160,9 +158,6 @@ class FakeJob:
             self._events.put(Event("denoise", step + 1, total, seconds_left=(total - step - 1) * STEP_SECONDS))
         if word == "orphan":
             write_atomically(self.output.path.with_name("deaths"), number.encode())
-        if self.leave_decode is not None and self.leave_decode():
-            self._note(f"{name} left")
-            return Result((), {"denoise_s": 1.0, "total_s": 1.0}, {"cpu": 123})
         videos = []
         count = self.request.num_videos_per_prompt
         for index in range(count):
@@ -238,10 +233,8 @@ class FakeEngine:
         self.pace = pace
         self.jobs: deque[FakeJob] = deque(maxlen=100)
 
-    def submit(
-        self, request: GenerationRequest, output: Any, watch: Any = None, leave_decode: Callable[[], bool] | None = None
-    ) -> FakeJob:
-        self.jobs.append(FakeJob(self.data, request, output, watch, self.pace, leave_decode))
+    def submit(self, request: GenerationRequest, output: Any, watch: Any = None) -> FakeJob:
+        self.jobs.append(FakeJob(self.data, request, output, watch, self.pace))
         return self.jobs[-1]
 
 

@@ -4,14 +4,13 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_engine import FakeEngine, finish_job
 from sqlalchemy.exc import OperationalError
-from test_runner import QUICK, finished, running
+from test_runner import finished, running
 
 from wanduet.errors import InvalidRequestError, OutputError
 from wanduet.jobs import files as job_files
@@ -66,14 +65,6 @@ def test_the_engine_gets_the_file_and_the_finished_job_keeps_it(store: JobStore,
     assert done.status == "completed"
     assert done.inputs == job.inputs == job.files
     assert [file.variant for file in done.files] == ["video", "thumbnail", "spritesheet", "input"]
-
-
-def test_a_worker_that_only_decodes_needs_no_file(store: JobStore, clip: Path) -> None:
-    job = submit(store, clip)
-    store.files.remove([file.name for file in job.inputs])
-    with running(store, settings=replace(QUICK, attempt=replace(QUICK.attempt, gives_back=True))) as engine:
-        assert finished(store, job.id).status == "completed"
-    assert engine.jobs[0].request.input_video == f"sha256:{HASH}"
 
 
 @pytest.mark.parametrize(("harm", "word"), [(Path.unlink, "missing"), (lambda path: path.write_bytes(b"x"), "changed")])

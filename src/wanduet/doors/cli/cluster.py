@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Group, Parameter
 
@@ -45,12 +45,6 @@ class ClusterFlags:
     ] = None
     upscale_seconds: Annotated[float, Parameter(help="A job that waits longer brings more replicas.")] = 10.0
     idle_seconds: Annotated[float, Parameter(help="A replica idle for longer may end.")] = 300.0
-    stages: Annotated[
-        Literal["auto", "together", "apart"],
-        Parameter(
-            help="May nodes do a stage only, texts or decodes? When the plan finds it pays, never, or as they are labelled."
-        ),
-    ] = "auto"
     expect_nodes: Annotated[
         str | None,
         Parameter(
@@ -98,30 +92,27 @@ class ClusterFlags:
             idle_seconds=self.idle_seconds,
             gpus=self.replica_gpus,
             expected=tuple(expected),
-            stages=self.stages,
         )
         return ClusterSettings(WorkerSettings(config, runner, retention), self.cluster, scale, self.storage)
 
 
 @cluster_app.command
 def status(*, data_dir: DataDir = None, database_url: Database = None, json_: Json = False) -> None:
-    """The replicas, the nodes that are being emptied, and whether stages live apart, and why."""
+    """The replicas, the nodes that are being emptied, the jobs that wait, and why no videos are made if none are."""
     with _store(data_dir, database_url) as store:
         replicas, drained = store.replicas(), sorted(store.drained_nodes())
         waiting = {one.demand: one.count for one in store.backlog(store.waiting())}
-        stages = store.stages()
+        trouble = store.trouble()
     if json_:
-        emit({"replicas": replicas, "draining": drained, "waiting": waiting, "stages": stages}, as_json=True)
+        emit({"replicas": replicas, "draining": drained, "waiting": waiting, "trouble": trouble}, as_json=True)
         return
     for one in replicas:
         print(f"{one['id']}  {one['state']:9} {one['shape']:16} {one['jobs']} jobs  on {one['node']}")
     for name in drained:
         print(f"{name} is being emptied")
     print(f"{sum(waiting.values())} jobs wait")
-    if stages.get("trouble"):
-        print(f"no videos are made: {stages['trouble']}")
-    elif stages:
-        print(f"stages {stages['reason']}")
+    if trouble is not None:
+        print(f"no videos are made: {trouble}")
 
 
 @cluster_app.command
