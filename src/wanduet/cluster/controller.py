@@ -114,9 +114,10 @@ class Controller:
         self._settings = settings
         self._monotonic = monotonic
         self._draining = threading.Event()
-        self._published: list[dict[str, object]] = [{}]  # differs from any list, so that the first one is published
-        self._published_trouble: str | None = None
-        self._explained: dict[str, str] = {}  # by demand: why its jobs wait
+        # What stands in the database. At first it differs from anything, as an earlier controller may have left something.
+        self._published: list[dict[str, object]] = [{}]
+        self._published_trouble: str | None = ""
+        self._explained: dict[str, str] | None = None  # by demand: why its jobs wait
         self._paused: dict[str, tuple[float, float]] = {}  # paused nodes: until when, and for how long
         self._seen: dict[str, tuple[float, Node]] = {}  # nodes, with the time when they were last alive
         self._unfit_since: dict[str, float] = {}  # since when demands fit none of them
@@ -220,6 +221,8 @@ class Controller:
         self._explain(reasons)
         self._publish(replicas, nodes)
         if trouble != self._published_trouble:
+            if trouble is not None:
+                log.warning("no videos are made", reason=trouble)
             self._store.publish_trouble(trouble)
             self._published_trouble = trouble
         return changes

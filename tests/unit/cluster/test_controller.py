@@ -75,7 +75,14 @@ class Bench:
         )
         self.fits = lambda shape, demand: not demand.startswith("9984")
         fitter = SimpleNamespace(on=lambda shape: lambda demand: Fit(self.fits(shape, demand)))
-        self.controller = Controller(self.store, self.fleet, fitter, settings, monotonic=lambda: self.now, model=model)
+        self.make = lambda: Controller(
+            self.store, self.fleet, fitter, settings, monotonic=lambda: self.now, model=model
+        )
+        self.restart()
+
+    def restart(self) -> None:
+        """Another controller goes on with the same fleet and store."""
+        self.controller = self.make()
 
     def submit(self, **changes: object) -> str:
         return self.store.submit(NewJob("ann", "m", {**REQUEST, **changes})).job.id
@@ -300,6 +307,20 @@ def test_a_cluster_without_gpus_says_so_at_once_and_what_to_do(bench: Bench) -> 
     assert bench.store.trouble() is None
     assert [bench.store.get(one).waits_for for one in (job, late)] == [None, None]
     assert [bench.store.get(one).status for one in (job, late)] == ["queued", "queued"]
+
+
+def test_what_an_earlier_controller_said_is_said_no_more_once_it_is_untrue(bench: Bench) -> None:
+    bench.fleet.all_nodes = [Node("n1", "one", (), 2**36, 8, computes=False)]
+    bench.fits = lambda shape, demand: bool(shape.gpus)
+    job = bench.submit()
+    bench.controller.reconcile()
+    assert bench.store.trouble() is not None
+    assert bench.store.get(job).waits_for is not None
+    bench.restart()
+    bench.fleet.all_nodes = [Node("n2", "two", declared_devices("1x24GiB"), 2**36, 8)]
+    bench.controller.reconcile()
+    assert bench.store.trouble() is None
+    assert bench.store.get(job).waits_for is None
 
 
 def test_without_gpus_for_long_jobs_fail_with_what_to_do(bench: Bench) -> None:
