@@ -83,23 +83,19 @@ class StoredFiles(JobFiles):
             self._sent.pop(job_id, None)
             self._discard_here(job_id)  # only from this disk: the store keeps what is still needed
 
-    def keep(self, job_id: str) -> bool:
-        """Copy an attempt's last files; return whether all were copied.
-
-        An error costs the steps since the last copy.
-        """
-        return self._send(job_id)
+    def keep(self, job_id: str) -> None:
+        """Copy an attempt's last files. An error costs the steps since the last copy."""
+        self._send(job_id)
 
     def _follow(self, job_id: str, stop: threading.Event) -> None:
         while not stop.wait(LOOK_SECONDS):
             self._send(job_id)
 
-    def _send(self, job_id: str) -> bool:
-        whole = True
+    def _send(self, job_id: str) -> None:
         with self._guard:
             sent = self._sent.get(job_id)
             if sent is None:
-                return False
+                return
             for name, path in self._written(job_id):
                 try:
                     about = path.stat()
@@ -111,8 +107,6 @@ class StoredFiles(JobFiles):
                     continue
                 except Exception as error:  # the store's client may raise anything
                     log.warning("not copied to the store", job=job_id, name=name, error=type(error).__name__)
-                    whole = False
-        return whole
 
     def _written(self, job_id: str) -> list[tuple[str, Path]]:
         """Return names in the store and files of a job, the result last, so that a stored result implies all others."""

@@ -81,12 +81,9 @@ class JobFiles:
         """A context around an attempt. With `resume`, fetches earlier attempts' files; in a folder, nothing to do."""
         yield
 
-    def keep(self, job_id: str) -> bool:
-        """Store a job's work files where the next worker finds them; call it before the job is put back.
-
-        False if one of them could not be stored. In a folder, they are there already.
-        """
-        return True
+    def keep(self, job_id: str) -> None:
+        """Store a job's work files where the next worker finds them; call it before the job is put back. In a folder, they
+        are there already."""
 
     def publish(self, job_id: str, token: int, index: int, source: Path) -> OutputFile:
         """Publish a finished video; the work file stays until `discard_work`. Raises OutputError."""
