@@ -6,7 +6,7 @@ one, and a denoise resumes from its last checkpoint.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -133,28 +133,33 @@ class Group:
                 self._denoised = message.latents
                 return message.latents
 
-    def decode(self, video: Video, latents: Tensor) -> Iterator[NDArray[np.uint8]]:
-        """Yield frames `[1 or 4, H, W, 3]` uint8 of latents `[16, T, h, w]`, assembled from the ranks' rows."""
+    def decode(self, video: Video, latents: Tensor) -> Generator[NDArray[np.uint8], None, None]:
+        """Yield frames `[1 or 4, H, W, 3]` uint8 of latents `[16, T, h, w]`, assembled from the ranks' rows. If the
+        generator is closed early, the ranks stop after the latent frame that they decode."""
         on_ranks, job = latents is self._denoised, video.job
         task = DecodeTask(None if on_ranks else latents)
         number = self._ranks.send(Assignment(video.plan, video.request, task, video.id))
         waiting: dict[int, list[DecodedRows]] = {}
         last: dict[int, dict[str, int]] = {}  # the memory peaks of each rank, by its first row
         done = 0
-        for frame in range(latents.shape[1]):
-            parts = waiting.setdefault(frame, [])
-            while len(parts) < len(self.devices):
-                job.check_cancelled()
-                message = self._next(number)
-                if isinstance(message, DecodedRows):
-                    waiting.setdefault(message.frame, []).append(message)
-            parts.sort(key=lambda part: part.rows.start)
-            last.update((part.rows.start, part.peaks) for part in parts)
-            join(job.rank_peaks, add_up(list(last.values())))
-            picture = np.concatenate([part.pixels for part in waiting.pop(frame)], axis=1)
-            done += len(picture)
-            job.emit(Event("decode", done, video.request.num_frames, video.index))
-            yield picture
+        try:
+            for frame in range(latents.shape[1]):
+                parts = waiting.setdefault(frame, [])
+                while len(parts) < len(self.devices):
+                    job.check_cancelled()
+                    message = self._next(number)
+                    if isinstance(message, DecodedRows):
+                        waiting.setdefault(message.frame, []).append(message)
+                parts.sort(key=lambda part: part.rows.start)
+                last.update((part.rows.start, part.peaks) for part in parts)
+                join(job.rank_peaks, add_up(list(last.values())))
+                picture = np.concatenate([part.pixels for part in waiting.pop(frame)], axis=1)
+                done += len(picture)
+                job.emit(Event("decode", done, video.request.num_frames, video.index))
+                yield picture
+        except (CancelledError, GeneratorExit):
+            self._ranks.cancel(number)
+            raise
 
     def close(self) -> None:
         """End all processes."""
@@ -187,12 +192,13 @@ class EngineModels(Models):
                 self.close_group()
             if self._group is None:
                 self._group = Group(self.config, plan, collective_timeout(plan, request))
+            group = self._group
             for device in plan.group.ranks:  # it may be on a rank's GPU, in this process
                 self.prompts.make_room(device, plan.text)
             try:
-                yield self._group
+                yield group
             except CancelledError:  # the ranks skip a cancelled task by its number
-                if self._group.is_stuck:
+                if group.is_stuck:
                     log.warning("A cancelled job still keeps its group of ranks: the group is ended.")
                     self.close_group()
                 raise

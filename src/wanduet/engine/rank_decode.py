@@ -26,9 +26,9 @@ def decode_share(
 ) -> Iterator[tuple[Rows, Frames]]:  # fmt: skip
     """Yield this rank's rows of each latent frame's pixels (see `decode_stream`); faster ranks have more rows.
 
-    `latents`: `[16, T, h, w]`. `speeds`: relative speed of each rank. All ranks must call this and iterate together. If
-    rank 0 is too slow to compute the mid block for all, each rank computes it; if frames are too small to exchange
-    halos, each rank computes its own.
+    `latents`: `[16, T, h, w]`. `speeds`: relative speed of each rank. All ranks must call this and iterate together; it
+    ends early, after the same latent frame on all of them, if their task is cancelled. If rank 0 is too slow to compute
+    the mid block for all, each rank computes it; if frames are too small to exchange halos, each rank computes its own.
     """
     height, decoder = latents.shape[2] * vae.spec.spatial_stride, vae.decoder
     strips, one_mid = share_decode(decoder.mid_layers, decoder.local_layers, height, speeds)
@@ -46,6 +46,8 @@ def decode_share(
     mine = strips[rank.index]
     for pixels in decode_stream(vae, latents, part=DecodePart(mine, above, below, mid)):
         yield mine, pixels
+        if rank.cancelled():
+            break
     if below is not None:
         below.finish()
     if isinstance(mid, SentMidBlock):

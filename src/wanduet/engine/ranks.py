@@ -289,5 +289,3 @@ def _decode(rank: Rank, models: Models, plan: Plan, latents: Tensor, speeds: tup
     with models.decoder(plan, plan.vae.device, NO_JOB) as vae:
         for index, (rows, pixels) in enumerate(decode_share(rank, vae, latents, speeds)):
             rank.report(DecodedRows(index, rows, pixels, _own_peaks(rank)))
-            if rank.cancelled():
-                break

@@ -1,6 +1,7 @@
 """The execution of a plan's strategy: on this process's devices, or on a group of ranks that falls back to them."""
 
 import logging
+from contextlib import closing
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
@@ -11,7 +12,6 @@ from wanduet.engine.group import EngineModels
 from wanduet.engine.job import Video
 from wanduet.engine.record import video_digest
 from wanduet.errors import (
-    CancelledError,
     ConfigError,
     KernelFailedError,
     NonFiniteFramesError,
@@ -142,12 +142,11 @@ class GroupStrategy:
     def decode(self, video: Video, latents: Tensor, sink: Sink[Result]) -> Result:
         """See Strategy. Each rank decodes some rows. If the group fails, one device decodes the whole video."""
         try:
-            with self._models.group(video.plan, video.request) as group:
-                try:
-                    return sink(group.decode(video, latents))
-                except CancelledError:
-                    self._models.close_group()  # else its ranks would go on decoding
-                    raise
+            with (
+                self._models.group(video.plan, video.request) as group,
+                closing(group.decode(video, latents)) as frames,
+            ):
+                return sink(frames)
         except RankFailedError as error:
             problem = error
         video.job.check_cancelled()

@@ -191,6 +191,27 @@ def test_a_cancel_ends_a_step_of_ranks_and_the_group_makes_the_next_job(
     assert (latents(tmp_path / "b.mkv") - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def test_a_cancel_ends_a_decode_of_ranks_and_the_group_makes_the_next_job(config, alone, tmp_path) -> None:
+    long = GenerationRequest(**(REQUEST | {"num_frames": 65}))
+    with Engine(replace(config, **STRATEGIES["parallel"])) as engine:
+        job = engine.submit(long, OutputOptions(tmp_path / "a.mkv", "ffv1"))
+        frames = 0
+        for event in job.events():
+            if event.phase == "decode":
+                frames = event.done
+                job.cancel()
+        with pytest.raises(CancelledError):
+            job.result(60)
+        group = engine.models._group
+        assert group is not None
+        following = engine.submit(GenerationRequest(**REQUEST), OutputOptions(tmp_path / "b.mkv", "ffv1"))
+        following.result(60)
+        assert engine.models._group is group
+    assert 0 < frames < 65
+    assert not (tmp_path / "a.mkv").exists()
+    assert_looks_the_same(tmp_path / "b.mkv", alone / "guided.mkv")
+
+
 def test_a_cancel_while_ranks_start_is_not_lost(config, tmp_path, monkeypatch) -> None:
     """Not one step is made, nobody waits for the ranks, and the next job has them."""
     submitted, send = threading.Event(), RankGroup.send
