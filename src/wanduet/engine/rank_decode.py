@@ -27,8 +27,9 @@ def decode_share(
     """Yield this rank's rows of each latent frame's pixels (see `decode_stream`); faster ranks have more rows.
 
     `latents`: `[16, T, h, w]`. `speeds`: relative speed of each rank. All ranks must call this and iterate together; it
-    ends early, after the same latent frame on all of them, if their task is cancelled. If rank 0 is too slow to compute
-    the mid block for all, each rank computes it; if frames are too small to exchange halos, each rank computes its own.
+    ends early, after the same latent frame on all of them, if their task is cancelled; then no rank waits for a halo.
+    If rank 0 is too slow to compute the mid block for all, each rank computes it; if frames are too small to exchange
+    halos, each rank computes its own.
     """
     height, decoder = latents.shape[2] * vae.spec.spatial_stride, vae.decoder
     strips, one_mid = share_decode(decoder.mid_layers, decoder.local_layers, height, speeds)
@@ -44,9 +45,11 @@ def decode_share(
         above = ReceivedHalo(strips[rank.index - 1], rank.index - 1) if rank.index > 0 else None
         below = SentHalo(strips[rank.index], rank.index + 1) if rank.index < rank.world_size - 1 else None
     mine = strips[rank.index]
+    if rank.cancelled():  # before it has begun
+        return
     for pixels in decode_stream(vae, latents, part=DecodePart(mine, above, below, mid)):
         yield mine, pixels
-        if rank.cancelled():
+        if rank.cancelled_in_step():
             break
     if below is not None:
         below.finish()

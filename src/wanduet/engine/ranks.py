@@ -4,8 +4,10 @@ Each process waits for tasks and computes its share with the same code as a sing
 reports a denoise; every rank reports its decoded rows. See engine/group.py for the engine's side.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -193,10 +195,10 @@ def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor
             rank.report(Denoised(None, None, (), look(), 0.0))
         return None
     context = RunContext(run.job, emit, add_time=record.timings.add, note=record.note)
-    with models.transformer.use(run.plan, task.request, context) as denoiser, ShownSteps(rank) as shown:
+    with models.transformer.use(run.plan, task.request, context) as denoiser, Reports(rank) as reports:
         _agree(denoiser)
         _share(denoiser, run)
-        hooks = StepHooks(watch=shown if first and task.watched else None)
+        hooks = StepHooks(watch=reports.add_step if first and task.watched else None)
         context = replace(context, should_cancel=rank.cancelled, should_cancel_in_step=rank.cancelled_in_step)
         try:
             latents = denoise(task, denoiser, checkpoints if first else None, hooks, record, context)
@@ -227,9 +229,9 @@ def _own_peaks(rank: Rank) -> dict[str, int]:
     return {name: size for name, size in look().items() if name in ("cpu", str(rank.device))}
 
 
-class ShownSteps:
-    """Reports steps in a background thread while the next ones are computed: waiting for a step's latents would stall
-    the GPU.
+class Reports:
+    """Reports in a background thread while the next values are computed: waiting for them would stall the GPU, and so
+    would a parent process that reads late.
 
     It queues at most one report, so that a slow reader does not fill the memory. The end of the `with` block waits for
     all reports; after an error it does not, as a GPU may never finish.
@@ -237,15 +239,19 @@ class ShownSteps:
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
-        self._pool = ThreadPoolExecutor(1, "wanduet-shown")
+        self._pool = ThreadPoolExecutor(1, "wanduet-reports")
         self._last: Future[None] | None = None
 
-    def __call__(self, info: StepInfo) -> None:
-        """Queue the report of a step. Raises the error of the report before."""
+    def add(self, make: Callable[[], object]) -> None:
+        """Queue a report that `make` returns, once the one before has been sent. Raises that one's error."""
         if self._last is not None:
             self._last.result()
+        self._last = self._pool.submit(lambda: self._rank.report(make()))
+
+    def add_step(self, info: StepInfo) -> None:
+        """Queue the report of a step."""
         latents = HostCopy(info.latents)
-        self._last = self._pool.submit(lambda: self._rank.report(replace(info, latents=latents.wait())))
+        self.add(lambda: replace(info, latents=latents.wait()))
 
     def __enter__(self) -> Self:
         return self
@@ -286,6 +292,6 @@ def _share(denoiser: LoadedTransformer, run: _Run) -> None:
 
 
 def _decode(rank: Rank, models: Models, plan: Plan, latents: Tensor, speeds: tuple[float, ...]) -> None:
-    with models.decoder(plan, plan.vae.device, NO_JOB) as vae:
+    with models.decoder(plan, plan.vae.device, NO_JOB) as vae, Reports(rank) as reports:
         for index, (rows, pixels) in enumerate(decode_share(rank, vae, latents, speeds)):
-            rank.report(DecodedRows(index, rows, pixels, _own_peaks(rank)))
+            reports.add(partial(DecodedRows, index, rows, pixels.copy(), _own_peaks(rank)))

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from wanduet.kernels.check import relative
 from wanduet.kernels.dit.gpu_quantized import TRITON_QUANTIZED, Product, products
 from wanduet.kernels.dit.quantized import DTYPES, TORCH_QUANTIZED, EightBits, QuantizedKernels, QuantizedRows
 from wanduet.kernels.measurements import Table, Timing, free_bytes, is_valid, read_table, stamped, write_table
+from wanduet.kernels.timing import milliseconds
 
 log = logging.getLogger(__name__)
 
@@ -87,16 +87,5 @@ def measure(
         else:
             dropped.append(Timing(name, None, errors[name], f"wrong, error {errors[name]:.1e}"))
     for name in TIMED_ROUNDS * list(times):
-        times[name].append(_timed(partial(offered[name], x, weight, bias), out))
+        times[name] += milliseconds(partial(offered[name], x, weight, bias, out), device)
     return (*(Timing(name, statistics.median(seen), errors[name]) for name, seen in times.items()), *dropped)
-
-
-def _timed(run: partial[None], out: Tensor) -> float:
-    """Return the milliseconds of a call on `out`'s GPU."""
-    stream = torch.cuda.current_stream(out.device)
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record(stream)
-    run(out)
-    after.record(stream)
-    after.synchronize()
-    return float(before.elapsed_time(after))

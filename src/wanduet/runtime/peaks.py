@@ -39,15 +39,14 @@ class PeakMemory:
         """Stop recording. Return the job's peak bytes by device: memory reserved by the allocator on GPUs, resident
         memory on the host.
 
-        `of_ranks`: peaks of the processes of a group (see `add_up`). Host memory is the sum over processes; for a GPU,
-        the highest peak of any one process counts. Without a `begin`, return the peaks since the last `begin` of any
-        job.
+        `of_ranks`: peaks of the processes of a group (see `add_up`), which are added to this process's: its text encoder
+        may be on a rank's GPU. Without a `begin`, return the peaks since the last `begin` of any job.
         """
         with self._lock:
             peaks = join(self._open.pop(job, {}), look())
-        others = dict(of_ranks or {})
-        peaks["cpu"] += others.pop("cpu", 0)
-        return join(peaks, others)
+        for device, size in (of_ranks or {}).items():
+            peaks[device] = peaks.get(device, 0) + size
+        return peaks
 
     def forget(self, job: str) -> None:
         """Stop recording without a result, for a failed job. Does nothing after `end`."""

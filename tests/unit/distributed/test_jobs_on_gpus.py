@@ -47,11 +47,17 @@ def latents(path: Path) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory) -> dict[str, Tensor]:
+def data(tmp_path_factory) -> Path:
+    """A data folder for all engines: kernels are measured once."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, data) -> dict[str, Tensor]:
     """Each kind's latents, made by one GPU."""
     folder = tmp_path_factory.mktemp("alone")
     made = {}
-    with Engine(EngineConfig(model="random:1.3b", devices="cuda:0", data_dir=folder / "data")) as engine:
+    with Engine(EngineConfig(model="random:1.3b", devices="cuda:0", data_dir=data)) as engine:
         for name, changes in KINDS.items():
             submit(engine, folder / f"{name}.mp4", **changes).result(200)
             made[name] = latents(folder / f"{name}.mp4")
@@ -59,10 +65,8 @@ def expected(tmp_path_factory) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def engine(tmp_path) -> Iterator[Engine]:
-    config = EngineConfig(
-        model="random:1.3b", devices=BOTH, strategy="parallel", data_dir=tmp_path / "data", checkpoint_seconds=0.0
-    )
+def engine(data) -> Iterator[Engine]:
+    config = EngineConfig(model="random:1.3b", devices=BOTH, strategy="parallel", data_dir=data, checkpoint_seconds=0.0)
     with Engine(config) as engine:
         yield engine
 
@@ -116,9 +120,9 @@ def test_a_killed_rank_costs_no_more_than_to_the_last_checkpoint(engine, expecte
     assert error(tmp_path / "a.mp4", expected[kind]) < 2e-2
 
 
-def test_a_close_amid_a_step_ends_the_ranks_and_gives_their_memory_back(tmp_path) -> None:
+def test_a_close_amid_a_step_ends_the_ranks_and_gives_their_memory_back(data, tmp_path) -> None:
     free = [torch.cuda.mem_get_info(device)[0] for device in range(2)]
-    config = EngineConfig(model="random:1.3b", devices=BOTH, strategy="parallel", data_dir=tmp_path / "data")
+    config = EngineConfig(model="random:1.3b", devices=BOTH, strategy="parallel", data_dir=data)
     with Engine(config) as engine:
         job = submit(engine, tmp_path / "a.mp4", num_inference_steps=500)
         next(event for event in job.events() if event.phase == "denoise" and event.done == 2)

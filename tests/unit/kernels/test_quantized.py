@@ -197,7 +197,7 @@ def test_the_fastest_right_product_is_measured(interpreted, monkeypatch: pytest.
         return right
 
     monkeypatch.setattr(choose, "TIMED_TOKENS", 32)
-    monkeypatch.setattr(choose, "_timed", lambda run, out: seconds[run.func.__name__])
+    monkeypatch.setattr(choose, "milliseconds", lambda run, device: [seconds[run.func.__name__]])
     offered = {"slow": named("slow"), "wrong": wrong, "broken": broken, "short": short, "fast": named("fast")}
     table = {row.name: row for row in choose.measure(offered, CPU, torch.float32, "int8", (32, 48))}
     assert {name: row.milliseconds for name, row in table.items() if row.usable} == {"slow": 2.0, "fast": 1.0}

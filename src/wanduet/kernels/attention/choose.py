@@ -5,10 +5,9 @@ The measurement is stored in a file, so that only the first start on a machine t
 
 import logging
 import statistics
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import partial
 from math import log2
 from pathlib import Path
 from typing import TypeAlias
@@ -29,6 +28,7 @@ from wanduet.kernels.attention.backends import (
 from wanduet.kernels.attention.call import AttentionCall
 from wanduet.kernels.measurements import Timing, free_bytes, is_valid, read_all, read_table, stamped, write_table
 from wanduet.kernels.precision import EXACT, PRODUCTS
+from wanduet.kernels.timing import milliseconds
 from wanduet.kernels.verdicts import reason_of
 
 log = logging.getLogger(__name__)
@@ -46,9 +46,6 @@ TIMED_RUNS = 3
 # cold GPU, the kernels that need less power show no advantage.
 CLOSE = 1.05
 SUSTAINED_MS, SUSTAINED_ROUNDS = 500.0, 30  # upper limits for each backend
-# Seconds that a GPU sleeps while the calls to time are launched, and the number of attempts if that is too short.
-LAUNCH_S, LAUNCH_TRIES = 0.002, 5
-CYCLES_PER_S = 2e9
 # What the user loses if an installed package cannot be used. On an H100: benchmarks/results/transformer_forward.json.
 COSTS = {"flash-attn-4": "on a Hopper GPU attention takes up to a fifth longer"}
 
@@ -254,34 +251,8 @@ def _timed_alternately(
 
 
 def _timed(attend: AttentionFn, inputs: Inputs, device: torch.device) -> list[float]:
-    """Return the milliseconds of each of `TIMED_RUNS` calls.
-
-    On a GPU, the calls are launched while it sleeps. Other threads load and compile at the same time; otherwise the
-    timing of a backend that runs much Python to launch would include waits for the GIL.
-    """
-    if device.type != "cuda":
-        return [_host_milliseconds(attend, inputs) for _ in range(TIMED_RUNS)]
-    stream, wait_s = torch.cuda.current_stream(device), LAUNCH_S
-    for _ in range(LAUNCH_TRIES):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED_RUNS + 1)]
-        began = time.perf_counter()
-        torch.cuda._sleep(int(wait_s * CYCLES_PER_S))
-        events[0].record(stream)
-        for event in events[1:]:
-            attend(*inputs)
-            event.record(stream)
-        launched_s = time.perf_counter() - began
-        events[-1].synchronize()
-        if launched_s < wait_s:
-            break
-        wait_s = 2 * launched_s
-    return [float(before.elapsed_time(after)) for before, after in pairwise(events)]
-
-
-def _host_milliseconds(attend: AttentionFn, inputs: Inputs) -> float:
-    start = time.perf_counter()
-    attend(*inputs)
-    return (time.perf_counter() - start) * 1e3
+    """Return the milliseconds of each of `TIMED_RUNS` calls."""
+    return milliseconds(partial(attend, *inputs), device, TIMED_RUNS)
 
 
 def _random_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:

@@ -7,8 +7,7 @@ memory, so plans do not depend on the choice either.
 
 import logging
 import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from wanduet.kernels.device import multiprocessors, shared_memory
 from wanduet.kernels.measurements import Table, Timing, free_bytes, is_valid, read_table, stamped, write_table
 from wanduet.kernels.precision import vae_precision
+from wanduet.kernels.timing import milliseconds
 from wanduet.kernels.vae.conv_tiles import CHOSEN, Key, Tile, offered_tiles, width_of
 from wanduet.kernels.vae.plain import Epilogue, Filter, uses_tf32
 
@@ -102,7 +102,7 @@ def measure(tiles: Sequence[Tile], width: int, dtype: torch.dtype, device: torch
             dropped.append(Timing(tile.name, None, None, type(problem).__name__, free_bytes=free))
     for tile in TIMED_ROUNDS * [tile for tile in tiles if tile.name in times]:
         assert sample is not None
-        times[tile.name].append(_timed(partial(sample.with_residual, tile), device))
+        times[tile.name] += milliseconds(partial(sample.with_residual, tile), device)
     return (*(Timing(name, statistics.median(seen), None) for name, seen in times.items()), *dropped)
 
 
@@ -138,21 +138,6 @@ class _Sample:
         filter = Filter(self._weight, self._bias, (1, 1))
         convolve(self._x, None, filter, Epilogue(out, residual, gamma), tile)
         return out
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    """Return the milliseconds of a call."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        run()
-        return (time.perf_counter() - began) * 1e3
-    stream = torch.cuda.current_stream(device)
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record(stream)
-    run()
-    after.record(stream)
-    after.synchronize()
-    return float(before.elapsed_time(after))
 
 
 def _milliseconds(row: Timing) -> float:
