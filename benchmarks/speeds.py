@@ -69,7 +69,7 @@ def measure(report: Report, options: argparse.Namespace, model: str, rows: dict[
                 report.add(
                     options.size, row=name, run=run, devices=options.devices, vae=options.vae, seconds=round(seconds, 3),
                     **{k: round(v, 3) for k, v in result.timings.items()}, forwards=forwards.get("count"), of=forwards.get("of"),
-                    attention=job.attention, strategy=plan.get("strategy"), notes=job.notes,
+                    attention=job.attention, kernels=job.videos[0].record.kernels, strategy=plan.get("strategy"), notes=job.notes,
                     peak_gib={k: round(v / GIB, 3) for k, v in result.peak_memory_bytes.items()},
                     predicted_gib={d.name: round(d.peak / GIB, 3) for d in job.plan.prediction.devices},
                     text=f"{job.plan.text.device} {job.plan.text.residency} {job.plan.text.dtype}",

@@ -116,20 +116,16 @@ class Group:
             elif isinstance(message, StepInfo) and job.watch is not None:
                 job.watch(message)
             elif isinstance(message, Denoised):
-                video.record.attention = message.attention
-                video.record.skipped_steps = list(message.skipped_steps)
-                video.record.quantized_layers = message.quantized_layers
-                for event in message.notes:
-                    if event not in video.record.notes:  # a restarted group repeats them
-                        video.record.note(event)
+                video.record.adopt(message.record)
                 join(job.rank_peaks, message.peaks)
-                loaded = max(0.0, waited - message.prepare_s)
+                prepared = message.record.timings["prepare_s"]
+                loaded = max(0.0, waited - prepared)
                 video.context.add_time("load_s", loaded)
-                video.context.add_time("prepare_s", message.prepare_s)
-                video.context.add_time("denoise_s", -(loaded + message.prepare_s))
+                video.context.add_time("prepare_s", prepared)
+                video.context.add_time("denoise_s", -(loaded + prepared))
                 if message.latents is None:
                     raise CancelledError("The job was cancelled.")
-                video.context.add_time("denoise_s", message.seconds_of_others)
+                video.context.add_time("denoise_s", message.record.timings["denoise_s"])
                 self._denoised = message.latents
                 return message.latents
 
@@ -151,6 +147,7 @@ class Group:
                     if isinstance(message, DecodedRows):
                         waiting.setdefault(message.frame, []).append(message)
                 parts.sort(key=lambda part: part.rows.start)
+                video.record.vae_kernels = parts[0].kernels
                 last.update((part.rows.start, part.peaks) for part in parts)
                 join(job.rank_peaks, add_up(list(last.values())))
                 picture = np.concatenate([part.pixels for part in waiting.pop(frame)], axis=1)

@@ -81,16 +81,15 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Denoised:
-    """Rank 0's report of a denoise: latents `[16, T, h, w]` float32, and how they were made."""
+    """Rank 0's report of a denoise: latents `[16, T, h, w]` float32, and how they were made.
+
+    In the record's timings, `prepare_s` is how long rank 0 waited for kernels and attention, and `denoise_s` what
+    another job spent on the steps before the loaded checkpoint.
+    """
 
     latents: Tensor | None  # None: cancelled
-    attention: str | None
-    notes: tuple[str, ...]
+    record: VideoRecord
     peaks: dict[str, int]  # peak bytes by device, of all ranks
-    prepare_s: float  # seconds that rank 0 waited for kernels and attention
-    seconds_of_others: float = 0.0  # seconds that another job spent on the steps before the loaded checkpoint
-    skipped_steps: tuple[int, ...] = ()  # see VideoRecord
-    quantized_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +100,7 @@ class DecodedRows:
     rows: Rows
     pixels: NDArray[np.uint8]
     peaks: dict[str, int]  # peak bytes by device of this rank so far
+    kernels: str  # the VAE's, by their name
 
 
 def work(rank: Rank, config: EngineConfig) -> None:
@@ -192,7 +192,7 @@ def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor
     checkpoints = Checkpoints(folder, task.digest, atomic_output, task.writer)
     if rank.cancelled():  # before this rank began the task
         if first:
-            rank.report(Denoised(None, None, (), look(), 0.0))
+            rank.report(Denoised(None, record, look()))
         return None
     context = RunContext(run.job, emit, add_time=record.timings.add, note=record.note)
     with models.transformer.use(run.plan, task.request, context) as denoiser, Reports(rank) as reports:
@@ -208,19 +208,10 @@ def _denoise(rank: Rank, models: Models, task: DenoiseTask, run: _Run) -> Tensor
             denoiser.without_kernel(error.operation)
             models.checkpoint.keep_verdicts()
             raise
+    record.attention, record.kernels = denoiser.attention, denoiser.kernels
     peaks = add_up(all_gather_object(_own_peaks(rank)))
     if first:
-        report = Denoised(
-            latents,
-            denoiser.attention,
-            tuple(record.notes),
-            peaks,
-            record.timings["prepare_s"],
-            record.timings["denoise_s"],
-            tuple(record.skipped_steps),
-            record.quantized_layers,
-        )
-        rank.report(report)
+        rank.report(Denoised(latents, record, peaks))
     return latents
 
 
@@ -293,5 +284,10 @@ def _share(denoiser: LoadedTransformer, run: _Run) -> None:
 
 def _decode(rank: Rank, models: Models, plan: Plan, latents: Tensor, speeds: tuple[float, ...]) -> None:
     with models.decoder(plan, plan.vae.device, NO_JOB) as vae, Reports(rank) as reports:
-        for index, (rows, pixels) in enumerate(decode_share(rank, vae, latents, speeds)):
-            reports.add(partial(DecodedRows, index, rows, pixels.copy(), _own_peaks(rank)))
+        try:
+            for index, (rows, pixels) in enumerate(decode_share(rank, vae, latents, speeds)):
+                reports.add(partial(DecodedRows, index, rows, pixels.copy(), _own_peaks(rank), vae.kernels.name))
+        except KernelFailedError as error:  # the next group does without it
+            models.vae.without_kernel(error.operation)
+            models.checkpoint.keep_verdicts()
+            raise

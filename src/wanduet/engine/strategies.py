@@ -3,6 +3,7 @@
 import logging
 from contextlib import closing
 from dataclasses import replace
+from itertools import chain
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -140,15 +141,17 @@ class GroupStrategy:
         return self._local.denoise(video, replace(task, digest=video_digest(models, video)))
 
     def decode(self, video: Video, latents: Tensor, sink: Sink[Result]) -> Result:
-        """See Strategy. Each rank decodes some rows. If the group fails, one device decodes the whole video."""
+        """See Strategy. Each rank decodes some rows. If the group or a kernel fails, one device decodes the whole video."""
         try:
             with (
                 self._models.group(video.plan, video.request) as group,
                 closing(group.decode(video, latents)) as frames,
             ):
-                return sink(frames)
-        except RankFailedError as error:
-            problem = error
+                with video.context.timed("decode_s"):
+                    first = next(frames)  # the ranks say with it which kernels they use, which the metadata tell
+                return sink(chain([first], frames))
+        except (RankFailedError, KernelFailedError) as error:
+            problem: WanduetError = error
         video.job.check_cancelled()
         log.warning("%s Decoding on one device.", problem.message)
         video.record.note(f"decode: on one device ({problem.message})")

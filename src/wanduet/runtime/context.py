@@ -37,6 +37,13 @@ class Timings:
         self._lock = threading.Lock()
         self._seconds = dict.fromkeys(_IN_ORDER, 0.0)
 
+    def __getstate__(self) -> dict[str, float]:
+        with self._lock:
+            return dict(self._seconds)
+
+    def __setstate__(self, seconds: dict[str, float]) -> None:
+        self._lock, self._seconds = threading.Lock(), seconds
+
     def __getitem__(self, name: str) -> float:
         """Return the seconds of one phase so far."""
         with self._lock:

@@ -29,3 +29,10 @@ class VideoRecord:
     def note(self, event: str) -> None:
         """Record a deviation from the plan."""
         self.notes.append(event)
+
+    def adopt(self, made: "VideoRecord") -> None:
+        """Take over how another process made the latents, in its record; of its notes, those that are new."""
+        self.attention, self.kernels = made.attention, made.kernels
+        self.changed = self.changed or made.changed
+        self.skipped_steps, self.quantized_layers = made.skipped_steps, made.quantized_layers
+        self.notes += [event for event in made.notes if event not in self.notes]

@@ -19,6 +19,14 @@ from wanduet.planning.hardware import detect
 from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
 from wanduet.runtime.models import Models
+from wanduet.stages.record import VideoRecord
+
+
+def prepared(seconds: float) -> VideoRecord:
+    """The record of a denoise that waited so long for its kernels."""
+    record = VideoRecord(0, 1, attention="sdpa")
+    record.timings.add("prepare_s", seconds)
+    return record
 
 
 class FakeRanks:
@@ -26,7 +34,7 @@ class FakeRanks:
 
     def __init__(self, clock: list[float]) -> None:
         self._clock = clock
-        self._reports = [(10.0, Event("denoise", 0, 4)), (3.0, Denoised(torch.zeros(1), "sdpa", (), {}, 2.0))]
+        self._reports = [(10.0, Event("denoise", 0, 4)), (3.0, Denoised(torch.zeros(1), prepared(2.0), {}))]
 
     def __call__(self, *_: object, timeout_s: float) -> "FakeRanks":
         return self
@@ -120,7 +128,7 @@ def test_a_group_whose_kernel_failed_starts_again_without_it(tmp_path, monkeypat
     video = Job(request, plan, OutputOptions(tmp_path / "a.mp4")).videos[0]
     outcomes = [
         KernelFailedError("sparse attention by fast", "no such instruction"),
-        Denoised(made, "sdpa", (), {}, 0.0),
+        Denoised(made, prepared(0.0), {}),
     ]
 
     def receive(timeout: float, number: int) -> tuple[int, object]:

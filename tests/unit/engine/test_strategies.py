@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
@@ -17,10 +18,11 @@ from wanduet.config import EngineConfig
 from wanduet.distributed.launch import RankFailedError, RankGroup
 from wanduet.distributed.mesh import Layout
 from wanduet.distributed.rank import Mailbox, Rank
+from wanduet.engine import ranks
 from wanduet.engine.job import OutputOptions
 from wanduet.engine.pipeline import Engine
 from wanduet.engine.ranks import work
-from wanduet.errors import CancelledError, ConfigError, NonFiniteLatentsError
+from wanduet.errors import CancelledError, ConfigError, KernelFailedError, NonFiniteLatentsError
 from wanduet.media.latents import load_latents
 from wanduet.media.read import frame_hashes, read_frames, read_metadata
 from wanduet.planning.hardware import parse_hardware
@@ -111,6 +113,8 @@ def test_two_ranks_give_the_same_latents_and_frames(config, alone, tmp_path) -> 
         few.result(120)
         sparse.result(120)
     assert (guided.plan.group.layout.cfg, plain.plan.group.layout.sequence) == (2, 2)
+    of_ranks, of_one = (read_metadata(path)["engine"] for path in (tmp_path / "a.mkv", alone / "guided.mkv"))
+    assert (of_ranks["kernels"], of_ranks["vae_kernels"]) == (of_one["kernels"], of_one["vae_kernels"])
     # The ranks' memory counts, once, beside that of this process, whose peak begins anew with each job: the second's may be
     # a little lower than the first's.
     own = process_peak_bytes() + 64 * 2**20
@@ -210,6 +214,27 @@ def test_a_cancel_ends_a_decode_of_ranks_and_the_group_makes_the_next_job(config
     assert 0 < frames < 65
     assert not (tmp_path / "a.mkv").exists()
     assert_looks_the_same(tmp_path / "b.mkv", alone / "guided.mkv")
+
+
+def work_with_a_broken_kernel(rank: Rank, config: EngineConfig) -> None:
+    """Ranks whose decode meets a kernel that fails, after its first frames."""
+    decode = ranks.decode_share
+
+    def failing(*arguments: Any) -> Iterator[Any]:
+        yield next(decode(*arguments))
+        raise KernelFailedError("causal_conv", "no such instruction")
+
+    ranks.decode_share = failing
+    work(rank, config)
+
+
+def test_a_kernel_that_fails_in_a_decode_of_ranks_costs_no_video(config, alone, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("wanduet.engine.group.work", work_with_a_broken_kernel)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3]))
+    job = run(replace(config, **STRATEGIES["parallel"]), tmp_path / "a.mkv")
+    (note,) = job.notes
+    assert note.startswith("decode: on one device (The kernel for causal_conv failed")
+    assert_looks_the_same(tmp_path / "a.mkv", alone / "guided.mkv")
 
 
 def test_a_cancel_while_ranks_start_is_not_lost(config, tmp_path, monkeypatch) -> None:
