@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
+import torch
 
 # What a process of a generation imports as it starts, and what it imports later.
 MODULES = (
@@ -31,7 +32,9 @@ MODULES = (
 
 def start_method() -> BaseContext:
     """A context of `multiprocessing`; where fork is not safe, one whose processes start anew."""
-    if sys.platform != "linux":
+    if (
+        sys.platform != "linux" or torch.cuda.is_available()
+    ):  # no process can use a GPU that was forked from one that did
         return get_context("spawn")
     from multiprocessing import forkserver
 

@@ -146,22 +146,37 @@ def test_every_product_in_the_interpreter(kernels, format: str, inputs: int) -> 
         assert wide[:, 73:].isnan().all()
 
 
-@pytest.mark.parametrize("tokens", [5, 16, 37])
+@pytest.mark.parametrize("tokens", [5, 16, 24, 37])
 def test_any_number_of_rows_has_a_product_in_fp8(kernels, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    multiply = torch._scaled_mm
+    multiply, asked = torch._scaled_mm, []
 
     def cublas(rows: torch.Tensor, *others: object, **options: object) -> torch.Tensor:
-        assert len(rows) % 8 == 0, "CUBLAS_STATUS_NOT_SUPPORTED"
-        assert len(rows) >= 16, "CUBLAS_STATUS_NOT_SUPPORTED"
+        asked.append(len(rows))
+        assert len(rows) % 8 == 0
+        if len(rows) not in (16, 32):
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`")
         return multiply(rows, *others, **options)
 
     monkeypatch.setattr(torch, "_scaled_mm", cublas)
-    monkeypatch.setattr(kernels, "CUBLAS_LEAST_ROWS", 16)
+    monkeypatch.setattr(kernels, "_LACKING", set())
     x, matrix = quantized(torch.randn(2, tokens, 96), "fp8"), weight("fp8", 160, 96)
     bias, out, expected = torch.randn(160), torch.empty(2, tokens, 160), torch.empty(2, tokens, 160)
-    kernels.multiply_by_scaled_mm(x, matrix, bias, out)
     TORCH_QUANTIZED.quantized_linear(x, matrix, bias, expected)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    for _ in range(2):
+        out.fill_(torch.nan)
+        kernels.multiply_by_scaled_mm(x, matrix, bias, out)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    assert asked == {5: [], 16: 4 * [16], 24: [24], 37: 4 * [32]}[tokens]  # once for what it lacks
+
+
+def test_an_error_of_cublas_that_is_no_lack_is_raised(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*operands: object, **options: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "_scaled_mm", broken)
+    x, matrix = quantized(torch.randn(1, 16, 96), "fp8"), weight("fp8", 160, 96)
+    with pytest.raises(RuntimeError, match="illegal"):
+        kernels.multiply_by_scaled_mm(x, matrix, torch.randn(160), torch.empty(1, 16, 160))
 
 
 def test_a_product_of_operands_with_gaps_is_refused(kernels) -> None:

@@ -25,9 +25,10 @@ from wanduet.kernels.dit.quantized import INT_MM_TOKENS, LARGEST, QuantizedKerne
 
 Product: TypeAlias = Callable[[QuantizedRows, QuantizedRows, Tensor, Tensor], None]
 
-# cuBLAS has products in fp8 only for multiples of so many rows. With scales by rows, it has none for few rows and many
-# channels (256 rows are too few on an H100).
-CUBLAS_ROWS, CUBLAS_LEAST_ROWS = 8, 512
+# cuBLAS has products in fp8 only for multiples of so many rows. With scales by rows, it lacks those of some numbers of rows
+# (256 and 1064, but not 4096, with 1536 channels in and 8960 out on Hopper), which it does not say before it is asked.
+CUBLAS_ROWS = 8
+_LACKING: set[tuple[int, int, int]] = set()  # rows, channels in and out, of products that cuBLAS has refused
 GROUP = 8  # tiles of rows that are computed together, so that their weights are read from the cache
 
 
@@ -189,23 +190,33 @@ def multiply_by_scaled_mm(
 ) -> None:
     """See `quantized.quantized_linear`; fp8 only. `fast`: sums of fewer bits. Rows that cuBLAS has no product for are
     multiplied by our own kernel."""
-    length = x.shape[1]
-    whole = length // CUBLAS_ROWS * CUBLAS_ROWS if length >= CUBLAS_LEAST_ROWS else 0
-    if whole:
-        for data, scale, result in zip(x.data, x.scale, out, strict=True):
-            _scaled_mm(data[:whole], scale[:whole], weight, bias, result[:whole], fast)
-    if whole < length:
+    whole = x.shape[1] // CUBLAS_ROWS * CUBLAS_ROWS
+    if not _multiply_by_cublas(x.tokens(slice(whole)), weight, bias, out[:, :whole], fast):
+        whole = 0
+    if whole < x.shape[1]:
         rest = slice(whole, None)
         multiply_in(TILES[0], x.tokens(rest), weight, bias, out[:, rest])
 
 
-def _scaled_mm(data: Tensor, scale: Tensor, weight: QuantizedRows, bias: Tensor, out: Tensor, fast: bool) -> None:
-    got = torch._scaled_mm(
-        data, weight.data.t(), scale, weight.scale.t(), bias, out_dtype=out.dtype, use_fast_accum=fast,
-        out=out if out.is_contiguous() else None,
-    )  # fmt: skip
-    if not out.is_contiguous():
-        out.copy_(got)
+def _multiply_by_cublas(x: QuantizedRows, weight: QuantizedRows, bias: Tensor, out: Tensor, fast: bool) -> bool:
+    """Return whether cuBLAS has a product of these shapes; if not, `out` is as it was."""
+    shape = (x.shape[1], *weight.shape)
+    if not shape[0] or shape in _LACKING:
+        return False
+    for data, scale, result in zip(x.data, x.scale, out, strict=True):
+        try:
+            got = torch._scaled_mm(
+                data, weight.data.t(), scale, weight.scale.t(), bias, out_dtype=out.dtype, use_fast_accum=fast,
+                out=result if result.is_contiguous() else None,
+            )  # fmt: skip
+        except RuntimeError as problem:
+            if "CUBLAS_STATUS_NOT_SUPPORTED" not in str(problem):
+                raise
+            _LACKING.add(shape)
+            return False
+        if not result.is_contiguous():
+            result.copy_(got)
+    return True
 
 
 def multiply_by_int_mm(x: QuantizedRows, weight: QuantizedRows, bias: Tensor, out: Tensor) -> None:
