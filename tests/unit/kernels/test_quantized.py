@@ -153,13 +153,14 @@ def test_any_number_of_rows_has_a_product_in_fp8(kernels, monkeypatch: pytest.Mo
     def cublas(rows: torch.Tensor, *others: object, **options: object) -> torch.Tensor:
         asked.append(len(rows))
         assert len(rows) % 8 == 0
+        assert others[1].data_ptr() % 16 == 0
         if len(rows) not in (16, 32):
             raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`")
         return multiply(rows, *others, **options)
 
     monkeypatch.setattr(torch, "_scaled_mm", cublas)
     monkeypatch.setattr(kernels, "_LACKING", set())
-    x, matrix = quantized(torch.randn(2, tokens, 96), "fp8"), weight("fp8", 160, 96)
+    x, matrix = quantized(torch.randn(2, 1 + tokens, 96), "fp8").tokens(slice(1, None)), weight("fp8", 160, 96)
     bias, out, expected = torch.randn(160), torch.empty(2, tokens, 160), torch.empty(2, tokens, 160)
     TORCH_QUANTIZED.quantized_linear(x, matrix, bias, expected)
     for _ in range(2):

@@ -29,6 +29,11 @@ def test_parts_are_whole_tiles_where_these_fit() -> None:
     assert workspace(32760, 1536).chunk_tokens(8960) == 16384
 
 
+def test_parts_are_whole_parts_of_a_tile_where_only_these_fit() -> None:
+    # 480p on two GPUs, with the tensor that is rounded to 8 bits beside: three parts, of which whole tiles do not fit.
+    assert workspace(16380, 1536).chunk_tokens(8960 + 4480) == 5472
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_thirds_are_each_in_one_piece(batch: int) -> None:
     thirds = workspace(5, batch=batch).thirds()

@@ -25,9 +25,9 @@ from wanduet.kernels.dit.quantized import INT_MM_TOKENS, LARGEST, QuantizedKerne
 
 Product: TypeAlias = Callable[[QuantizedRows, QuantizedRows, Tensor, Tensor], None]
 
-# cuBLAS has products in fp8 only for multiples of so many rows. With scales by rows, it lacks those of some numbers of rows
-# (256 and 1064, but not 4096, with 1536 channels in and 8960 out on Hopper), which it does not say before it is asked.
-CUBLAS_ROWS = 8
+# cuBLAS has products in fp8 only for multiples of so many rows. It lacks others, which it does not say before it is asked: with
+# scales by rows, a job met one of 1064 rows on an H200 whose scales did not begin at a multiple of so many bytes.
+CUBLAS_ROWS, CUBLAS_BYTES = 8, 16
 _LACKING: set[tuple[int, int, int]] = set()  # rows, channels in and out, of products that cuBLAS has refused
 GROUP = 8  # tiles of rows that are computed together, so that their weights are read from the cache
 
@@ -204,6 +204,8 @@ def _multiply_by_cublas(x: QuantizedRows, weight: QuantizedRows, bias: Tensor, o
     if not shape[0] or shape in _LACKING:
         return False
     for data, scale, result in zip(x.data, x.scale, out, strict=True):
+        if scale.data_ptr() % CUBLAS_BYTES:
+            scale = scale.clone()
         try:
             got = torch._scaled_mm(
                 data, weight.data.t(), scale, weight.scale.t(), bias, out_dtype=out.dtype, use_fast_accum=fast,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE = 256  # rows of the largest tiles in which GPUs compute a matrix product
+# Rows of the largest tiles in which GPUs compute a matrix product; and of the smallest part of a tile.
+TILE, PART = 256, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +32,14 @@ class Workspace:
     def chunk_tokens(self, width: int) -> int:
         """How many tokens of `width` channels to compute at a time, at least 1: in equal chunks that fit.
 
-        Rounded up to whole tiles of a matrix product if that fits: a partial tile takes as long as a full one.
+        Rounded up to whole tiles of a matrix product if that fits, as a partial tile takes as long as a full one; else to
+        whole parts of a tile: products in 8 bits need operands that are aligned in memory.
         """
         assert self.whole is not None
         tokens, fit = self.whole.shape[1], max(1, self.whole[0].numel() // width)
         even = -(-tokens // max(1, -(-tokens // fit)))
-        tiled = -(-even // TILE) * TILE
-        return max(1, tiled if tiled <= fit else even)
+        rounded = (-(-even // rows) * rows for rows in (TILE, PART))
+        return max(1, next((tokens for tokens in rounded if tokens <= fit), even))
 
     def thirds(self) -> Sequence[Tensor | None]:
         """Three contiguous tensors `[B, L, C]`, for q, k and v; None each with gradients enabled.
