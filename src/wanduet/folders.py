@@ -68,6 +68,35 @@ def replace_json(path: Path, content: object) -> None:
         raise
 
 
+def is_unlocked(path: Path | str) -> bool:
+    """Return whether a file exists that no process has locked. False if that cannot be determined.
+
+    It makes neither the file nor its folder. (filelock makes both: a folder that is moved away just then could not come
+    back. Windows moves no folder in which files are open.)
+    """
+    if sys.platform == "win32":
+        from filelock import FileLock, Timeout
+
+        if not os.path.exists(path):
+            return False
+        with suppress(Timeout, OSError), FileLock(path, timeout=0, thread_local=False):
+            return True
+        return False
+    import fcntl
+
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)  # which unlocks
+    return True
+
+
 def sync_folder(folder: Path) -> None:
     """Sync a folder's entries to disk. Does nothing if the system does not support it (Windows)."""
     with suppress(OSError):

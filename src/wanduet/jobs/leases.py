@@ -14,8 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
+from wanduet.folders import is_unlocked
 from wanduet.jobs.records import Pulse
 
 # A heartbeat must be unchanged in at least this many looks. One long gap between two looks proves nothing: the watcher
@@ -116,19 +117,19 @@ def outlived_by_supervisor(folder: Path, worker: str) -> bool:
     if len(rest) != 3 or host != _host() or "/" in worker or "\\" in worker:
         return True
     path = _supervisor_path(folder, rest[2])
-    return path.exists() and not _is_free(path)
+    return path.exists() and not is_unlocked(path)
 
 
 def is_dead(folder: Path, worker: str) -> bool:
     """Return whether a worker of this machine and this data folder has ended. False if that cannot be determined."""
     if worker.split(".")[0] != _host() or "/" in worker or "\\" in worker:
         return False
-    return _is_free(folder / f"{worker}.lock")
+    return is_unlocked(folder / f"{worker}.lock")
 
 
 def live_workers(folder: Path) -> list[str]:
     """Return the names of this data folder's workers that run on this machine."""
-    return [path.name.removesuffix(".lock") for path in folder.glob(f"{_host()}.*.lock") if not _is_free(path)]
+    return [path.name.removesuffix(".lock") for path in folder.glob(f"{_host()}.*.lock") if not is_unlocked(path)]
 
 
 def beat_path(folder: Path, supervisor: str) -> Path:
@@ -178,7 +179,7 @@ def remove_stale_locks(folder: Path) -> None:
     """Remove files of workers and supervisors that ended long ago, whose jobs have been recovered since."""
     for path in (*folder.glob(f"{_host()}.*.lock"), *folder.glob(f"{_host()}.*.supervisor")):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime > SWEEP_SECONDS and _is_free(path):
+            if time.time() - path.stat().st_mtime > SWEEP_SECONDS and is_unlocked(path):
                 path.unlink()
     for path in (*folder.glob(f"{_host()}.*.memory"), *folder.glob(f"{_host()}.*.beat")):
         with suppress(OSError):
@@ -188,18 +189,6 @@ def remove_stale_locks(folder: Path) -> None:
 
 def _supervisor_path(folder: Path, supervisor: str) -> Path:
     return folder / f"{_host()}.{supervisor}.supervisor"
-
-
-def _is_free(path: Path) -> bool:
-    if not path.exists():
-        return False
-    lock = FileLock(path, thread_local=False)
-    try:
-        lock.acquire(timeout=0)
-    except (Timeout, OSError):
-        return False
-    lock.release()
-    return True
 
 
 def _host() -> str:

@@ -19,7 +19,7 @@ from typing import ClassVar, Protocol
 
 from wanduet.config import format_bytes
 from wanduet.errors import OutputError, WanduetError
-from wanduet.folders import make_folder, replace_file, sync_folder
+from wanduet.folders import is_unlocked, make_folder, replace_file, sync_folder
 
 if sys.platform != "win32":
     import fcntl
@@ -242,21 +242,8 @@ def _remove_stale(path: Path) -> None:
         for entry in entries:
             if entry.name.startswith(prefix) and entry.name.endswith(PARTIAL_SUFFIX):
                 with suppress(OSError):
-                    if time.time() - entry.stat().st_mtime > STALE_SECONDS and _is_unlocked(entry.path):
+                    if time.time() - entry.stat().st_mtime > STALE_SECONDS and is_unlocked(entry.path):
                         os.unlink(entry.path)
-
-
-def _is_unlocked(name: str) -> bool:
-    if sys.platform == "win32":
-        return True  # Windows itself refuses to delete an open file
-    handle = os.open(name, os.O_RDWR)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return True
 
 
 def _sync_file(path: Path) -> None:

@@ -114,6 +114,19 @@ def test_a_dead_process_is_noticed_at_once(tmp_path: Path) -> None:
     assert len(Watch(tmp_path).after(0.0, pulse(1, worker=worker))) == 1
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows moves no folder in which files are open")
+def test_a_folder_that_is_moved_away_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "workers"
+    folder.mkdir()
+    lock = WorkerLock(folder)
+    monkeypatch.setattr(Path, "exists", lambda path: True)  # as it was just before
+    monkeypatch.setattr(os.path, "exists", lambda path: True)
+    folder.rename(tmp_path / "moved")
+    assert not is_dead(folder, lock.worker)
+    assert os.listdir(tmp_path) == ["moved"]
+    lock.release()
+
+
 def test_workers_elsewhere_are_never_declared_dead_by_a_lock(tmp_path: Path) -> None:
     lock = WorkerLock(tmp_path)
     assert not is_dead(tmp_path, lock.worker)
