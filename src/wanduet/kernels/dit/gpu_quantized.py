@@ -25,8 +25,8 @@ from wanduet.kernels.dit.quantized import INT_MM_TOKENS, LARGEST, QuantizedKerne
 
 Product: TypeAlias = Callable[[QuantizedRows, QuantizedRows, Tensor, Tensor], None]
 
-# cuBLAS has products in fp8 only for multiples of so many rows. It lacks others, which it does not say before it is asked: with
-# scales by rows, a job met one of 1064 rows on an H200 whose scales did not begin at a multiple of so many bytes.
+# cuBLAS has products in fp8 only for multiples of so many rows. It refuses some of these, too, but only when it is asked: on an
+# H200, one of 1064 rows whose scales did not begin at a multiple of so many bytes.
 CUBLAS_ROWS, CUBLAS_BYTES = 8, 16
 _LACKING: set[tuple[int, int, int]] = set()  # rows, channels in and out, of products that cuBLAS has refused
 GROUP = 8  # tiles of rows that are computed together, so that their weights are read from the cache
