@@ -125,6 +125,11 @@ class RankGroup:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def alive(self) -> bool:
+        """Whether all processes run and none has failed."""
+        return self._error is None and all(process.is_alive() for process in self._processes)
+
     def send(self, message: object) -> int:
         """Send a picklable message to all ranks, and return its number, for `cancel`."""
         self._sent += 1

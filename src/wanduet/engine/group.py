@@ -16,8 +16,17 @@ from torch import Tensor
 from wanduet.config import EngineConfig
 from wanduet.distributed.launch import COLLECTIVE_TIMEOUT, RankGroup
 from wanduet.engine.job import Video
-from wanduet.engine.ranks import Assignment, DecodedRows, DecodeTask, Denoised, EncodedVideo, EncodeVideoTask, work
-from wanduet.errors import CancelledError
+from wanduet.engine.ranks import (
+    Assignment,
+    DecodedRows,
+    DecodeTask,
+    Denoised,
+    EncodedVideo,
+    EncodeVideoTask,
+    Left,
+    work,
+)
+from wanduet.errors import CancelledError, WanduetError
 from wanduet.planning.cost import step_seconds
 from wanduet.planning.plan import Plan
 from wanduet.request import ResolvedRequest
@@ -35,7 +44,7 @@ log = logging.getLogger(__name__)
 STEPS_WAITED = 3
 # Seconds between checks for a cancel while the engine waits for the ranks.
 POLL = 0.2
-# How many seconds ranks may take to leave a cancelled denoise; then they are ended. The watchdog ends the whole worker
+# How many seconds ranks may take to leave a cancelled task; then they are ended. The watchdog ends the whole worker
 # a few seconds later (`HangSettings.cancel_seconds`).
 CANCEL_SECONDS = 6.0
 
@@ -54,11 +63,13 @@ class Group:
         self.devices, self.timeout_s = plan.group.ranks, timeout_s
         self._ranks = RankGroup(work, plan.group.ranks, config, timeout_s=timeout_s)
         self._denoised: Tensor | None = None  # the latents denoised last, which the ranks still have
-        self.is_stuck = False  # whether the ranks have not left a cancelled denoise in time
+        self.is_stuck = False  # whether the ranks have not left a cancelled task in time, or have failed in it
 
     def suits(self, plan: Plan, request: ResolvedRequest) -> bool:
-        """Return whether the group has the plan's devices, and a collective timeout long enough for the request."""
-        return self.devices == plan.group.ranks and self.timeout_s >= collective_timeout(plan, request)
+        """Return whether the group lives, and has the plan's devices and a collective timeout long enough for the
+        request."""
+        long_enough = self.timeout_s >= collective_timeout(plan, request)
+        return self._ranks.alive and self.devices == plan.group.ranks and long_enough
 
     def preload(self, plan: Plan, request: ResolvedRequest, job: str) -> None:
         """Make the ranks load the transformer for the job with this id. Does not wait."""
@@ -66,14 +77,15 @@ class Group:
 
     def encode_video(self, video: Video) -> Tensor:
         """Return normalised latents `[16, T, h, w]` float32 of the request's input video. Raises as `denoise` does."""
-        job = video.job
+        job, begun = video.job, False
         number = self._ranks.send(Assignment(video.plan, video.request, EncodeVideoTask(), video.id))
         sent = time.perf_counter()
         while True:
             if job.cancelled:
-                self._ranks.cancel(number)  # the ranks skip it, or stop between two chunks of frames
+                self._leave(number, begun)  # the ranks skip it, or stop between two chunks of frames
                 raise CancelledError("The job was cancelled.")
             message = self._next(number)
+            begun = begun or message is not None
             if isinstance(message, Event):
                 job.emit(message)
             elif isinstance(message, EncodedVideo):
@@ -131,19 +143,21 @@ class Group:
 
     def decode(self, video: Video, latents: Tensor) -> Generator[NDArray[np.uint8], None, None]:
         """Yield frames `[1 or 4, H, W, 3]` uint8 of latents `[16, T, h, w]`, assembled from the ranks' rows. If the
-        generator is closed early, the ranks stop after the latent frame that they decode."""
+        generator is closed early, or the job is cancelled, wait until the ranks stop after a latent frame, as `denoise`
+        does."""
         on_ranks, job = latents is self._denoised, video.job
         task = DecodeTask(None if on_ranks else latents)
         number = self._ranks.send(Assignment(video.plan, video.request, task, video.id))
         waiting: dict[int, list[DecodedRows]] = {}
         last: dict[int, dict[str, int]] = {}  # the memory peaks of each rank, by its first row
-        done = 0
+        done, begun = 0, False
         try:
             for frame in range(latents.shape[1]):
                 parts = waiting.setdefault(frame, [])
                 while len(parts) < len(self.devices):
                     job.check_cancelled()
                     message = self._next(number)
+                    begun = begun or message is not None
                     if isinstance(message, DecodedRows):
                         waiting.setdefault(message.frame, []).append(message)
                 parts.sort(key=lambda part: part.rows.start)
@@ -155,12 +169,25 @@ class Group:
                 job.emit(Event("decode", done, video.request.num_frames, video.index))
                 yield picture
         except (CancelledError, GeneratorExit):
-            self._ranks.cancel(number)
+            self._leave(number, begun)
             raise
 
     def close(self) -> None:
         """End all processes."""
         self._ranks.close()
+
+    def _leave(self, number: int, begun: bool) -> None:
+        """Cancel task `number`, an encode or a decode. If the ranks have begun it, wait until they have left it: what
+        fails in it until then must not reach the next job."""
+        self._ranks.cancel(number)
+        until, left = time.perf_counter() + CANCEL_SECONDS, 0
+        while begun and left < len(self.devices) and not self.is_stuck:
+            try:
+                left += isinstance(self._next(number), Left)
+                self.is_stuck = time.perf_counter() > until
+            except WanduetError as error:
+                log.info("The ranks of a cancelled task failed: %s", error.message)
+                self.is_stuck = True
 
     def _next(self, number: int) -> object:
         """Return the next report of a rank about task `number`, or None if none arrives within POLL seconds."""

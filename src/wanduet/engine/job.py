@@ -293,6 +293,7 @@ class Video:
         record, before = self.record, about.get("timings", {})
         self.denoised = about
         record.attention = about.get("attention")
+        record.kernels = about.get("engine", {}).get("kernels")
         record.changed = bool(about.get("engine", {}).get("callback"))
         record.skipped_steps = list(about.get("skipped_steps", ()))
         record.quantized_layers = about.get("quantized_layers", 0)

@@ -70,6 +70,11 @@ class EncodedVideo:
 
 
 @dataclass(frozen=True, slots=True)
+class Left:
+    """Each rank's last report about an encode or a decode: it has ended, or was cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
 class Assignment:
     """One task for the ranks, with its plan."""
 
@@ -130,10 +135,12 @@ def work(rank: Rank, config: EngineConfig) -> None:
         elif isinstance(assignment.task, EncodeVideoTask):
             if rank.index == 0:
                 _encode_video(rank, models, plan, assignment)
+            rank.report(Left())
         elif isinstance(assignment.task, DecodeTask):
             latents = denoised if assignment.task.latents is None else assignment.task.latents
             assert latents is not None
             _decode(rank, models, plan, latents, speeds)
+            rank.report(Left())
         else:
             record = VideoRecord(assignment.task.index, request.seed + assignment.task.index)
             if layout != assignment.plan.group.layout:
@@ -225,7 +232,7 @@ class Reports:
     would a parent process that reads late.
 
     It queues at most one report, so that a slow reader does not fill the memory. The end of the `with` block waits for
-    all reports; after an error it does not, as a GPU may never finish.
+    all reports and raises the last one's error; after an error it does neither, as a GPU may never finish.
     """
 
     def __init__(self, rank: Rank) -> None:
@@ -249,6 +256,8 @@ class Reports:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown(wait=kind is None)
+        if kind is None and self._last is not None:
+            self._last.result()
 
 
 def _agree(denoiser: LoadedTransformer) -> None:

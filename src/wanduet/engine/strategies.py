@@ -1,7 +1,9 @@
 """The execution of a plan's strategy: on this process's devices, or on a group of ranks that falls back to them."""
 
 import logging
-from contextlib import closing
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Protocol, TypeVar
@@ -81,15 +83,8 @@ class LocalStrategy:
 
     def decode(self, video: Video, latents: Tensor, sink: Sink[Result]) -> Result:
         """See Strategy."""
-        kept = f"The latents are kept: wanduet decode {video.latents_path}"
-        try:
+        with _latents_kept(video):
             return decode(self._models, video.plan, latents, sink, video.record, video.context)
-        except NonFiniteFramesError as error:
-            error.hint = f"{kept} --vae-dtype float32"
-            raise
-        except OutOfMemoryError as error:
-            error.hint = kept
-            raise
 
 
 class GroupStrategy:
@@ -144,18 +139,36 @@ class GroupStrategy:
         """See Strategy. Each rank decodes some rows. If the group or a kernel fails, one device decodes the whole video."""
         try:
             with (
+                _latents_kept(video),
                 self._models.group(video.plan, video.request) as group,
                 closing(group.decode(video, latents)) as frames,
             ):
-                with video.context.timed("decode_s"):
-                    first = next(frames)  # the ranks say with it which kernels they use, which the metadata tell
-                return sink(chain([first], frames))
+                began = time.perf_counter()
+                first = next(frames)  # the ranks say with it which kernels they use, which the metadata tell
+                waited = time.perf_counter() - began
+                made = sink(chain([first], frames))
+                video.context.add_time("decode_s", waited)
+                return made
         except (RankFailedError, KernelFailedError) as error:
             problem: WanduetError = error
         video.job.check_cancelled()
         log.warning("%s Decoding on one device.", problem.message)
         video.record.note(f"decode: on one device ({problem.message})")
         return self._local.decode(video, latents, sink)
+
+
+@contextmanager
+def _latents_kept(video: Video) -> Iterator[None]:
+    """Let the errors of a decode say how to decode again."""
+    kept = f"The latents are kept: wanduet decode {video.latents_path}"
+    try:
+        yield
+    except NonFiniteFramesError as error:
+        error.hint = f"{kept} --vae-dtype float32"
+        raise
+    except OutOfMemoryError as error:
+        error.hint = kept
+        raise
 
 
 def strategy_of(models: EngineModels, video: Video) -> Strategy:

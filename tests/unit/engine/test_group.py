@@ -77,6 +77,8 @@ class StuckRanks:
 class StartedRanks:
     """How long collectives of each group that was started may take."""
 
+    alive = True
+
     def __init__(self) -> None:
         self.timeouts: list[float] = []
 

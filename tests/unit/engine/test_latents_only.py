@@ -30,6 +30,7 @@ def test_latents_become_the_video_that_they_would_have_become_at_once(engine: En
     assert pixels(made) == pixels(whole)
     about, before = made.videos[0].provenance, whole.videos[0].provenance
     assert about["attention"] == before["attention"]
+    assert about["engine"]["kernels"] == before["engine"]["kernels"]
     assert about["engine"]["transformer_dtype"] == before["engine"]["transformer_dtype"]
 
 
