@@ -63,6 +63,7 @@ class Group:
         self.devices, self.timeout_s = plan.group.ranks, timeout_s
         self._ranks = RankGroup(work, plan.group.ranks, config, timeout_s=timeout_s)
         self._denoised: Tensor | None = None  # the latents denoised last, which the ranks still have
+        self._left = 0  # how many ranks have left the encode or decode that was sent last
         self.is_stuck = False  # whether the ranks have not left a cancelled task in time, or have failed in it
 
     def suits(self, plan: Plan, request: ResolvedRequest) -> bool:
@@ -78,7 +79,7 @@ class Group:
     def encode_video(self, video: Video) -> Tensor:
         """Return normalised latents `[16, T, h, w]` float32 of the request's input video. Raises as `denoise` does."""
         job, begun = video.job, False
-        number = self._ranks.send(Assignment(video.plan, video.request, EncodeVideoTask(), video.id))
+        self._left, number = 0, self._ranks.send(Assignment(video.plan, video.request, EncodeVideoTask(), video.id))
         sent = time.perf_counter()
         while True:
             if job.cancelled:
@@ -147,7 +148,7 @@ class Group:
         does."""
         on_ranks, job = latents is self._denoised, video.job
         task = DecodeTask(None if on_ranks else latents)
-        number = self._ranks.send(Assignment(video.plan, video.request, task, video.id))
+        self._left, number = 0, self._ranks.send(Assignment(video.plan, video.request, task, video.id))
         waiting: dict[int, list[DecodedRows]] = {}
         last: dict[int, dict[str, int]] = {}  # the memory peaks of each rank, by its first row
         done, begun = 0, False
@@ -180,10 +181,10 @@ class Group:
         """Cancel task `number`, an encode or a decode. If the ranks have begun it, wait until they have left it: what
         fails in it until then must not reach the next job."""
         self._ranks.cancel(number)
-        until, left = time.perf_counter() + CANCEL_SECONDS, 0
-        while begun and left < len(self.devices) and not self.is_stuck:
+        until = time.perf_counter() + CANCEL_SECONDS
+        while begun and self._left < len(self.devices) and not self.is_stuck:
             try:
-                left += isinstance(self._next(number), Left)
+                self._next(number)
                 self.is_stuck = time.perf_counter() > until
             except WanduetError as error:
                 log.info("The ranks of a cancelled task failed: %s", error.message)
@@ -195,7 +196,9 @@ class Group:
             item = self._ranks.receive(POLL, number)
         except TimeoutError:
             return None
-        return None if item is None else item[1]
+        report = None if item is None else item[1]
+        self._left += isinstance(report, Left)
+        return report
 
 
 class EngineModels(Models):

@@ -10,7 +10,7 @@ from wanduet.config import EngineConfig
 from wanduet.engine import group as module
 from wanduet.engine.group import EngineModels, Group
 from wanduet.engine.job import Event, Job, OutputOptions
-from wanduet.engine.ranks import Denoised
+from wanduet.engine.ranks import Denoised, Left
 from wanduet.engine.strategies import GroupStrategy
 from wanduet.errors import CancelledError, KernelFailedError
 from wanduet.jobs.watchdog import HangSettings
@@ -164,3 +164,31 @@ def test_ranks_that_do_not_leave_a_cancelled_job_are_ended_before_the_worker_is(
     assert ranks.closed
     assert models._group is None
     assert 1.0 < clock[0] < HangSettings().cancel_seconds - 2.0  # a little time is left to end them
+
+
+def test_a_rank_that_has_left_a_decode_before_its_cancel_is_not_waited_for(tmp_path, monkeypatch) -> None:
+    config = EngineConfig(model="miniature", devices="cpu,cpu", strategy="parallel", data_dir=tmp_path)
+    models, clock = EngineModels(config), [0.0]
+    request = GenerationRequest(prompt="x").resolve(models.spec)
+    plan = make_plan(request, models.memory, config, detect())
+    job = Job(request, plan, OutputOptions(tmp_path / "a.mp4"))
+    reports = [Left(), None, Left()]
+
+    def receive(timeout: float, number: int) -> tuple[int, object]:
+        clock[0] += timeout
+        report = reports.pop(0) if reports else None
+        if report is None:
+            job.cancel()
+            raise TimeoutError
+        return 0, report
+
+    cancelled: list[int] = []
+    ranks = SimpleNamespace(send=lambda _: 7, receive=receive, cancel=cancelled.append)
+    monkeypatch.setattr(module, "RankGroup", lambda *_, timeout_s: ranks)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    group = Group(config, plan)
+    with pytest.raises(CancelledError):
+        next(group.decode(job.videos[0], torch.zeros(16, 3, 4, 4)))
+    assert cancelled == [7]
+    assert not group.is_stuck
+    assert reports == []
