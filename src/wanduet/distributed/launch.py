@@ -88,6 +88,7 @@ class RankGroup:
         self._failures: dict[int, Failure] = {}
         self._inbox: deque[tuple[int, Message]] = deque()
         self._sent = 0
+        self._cancelled: set[int] = set()  # numbers of messages
         self._error: WanduetError | None = None
         context = get_context("spawn")
         self._stop = CommonStop(context, len(self.devices))  # kept: a rank opens its lock by name as it starts
@@ -143,6 +144,7 @@ class RankGroup:
         0 is the work that ranks do before they receive a message. A cancel may come before a rank has started, or after
         the work is done; it never affects another message. To end the ranks at once, exit the group.
         """
+        self._cancelled.add(task)
         self._post(Cancel(task))
 
     def receive(self, timeout_s: float | None = None, task: int | None = None) -> tuple[int, object] | None:
@@ -150,7 +152,8 @@ class RankGroup:
 
         With `task`, return the next message about that task and drop those about others. After a failure, all processes
         are ended and the messages that have arrived are returned first; then this raises RankFailedError, or the
-        WanduetError that a rank raised. Raises TimeoutError if nothing arrives within `timeout_s` seconds.
+        WanduetError that a rank raised, unless it was in work that is cancelled. Raises TimeoutError if nothing arrives
+        within `timeout_s` seconds.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
@@ -256,7 +259,9 @@ class RankGroup:
             index, code = next(iter(exit_codes.items()))
             return RankFailedError(f"{self._name(index)} died: {_describe_exit(code)}.", index, hint=_HINTS.get(code))
         index, failure = (causes or by_time)[0]
-        if failure.error is not None:
+        if (
+            failure.error is not None and failure.task not in self._cancelled
+        ):  # else it is no concern of the next message
             return failure.to_error()
         message = f"{self._name(index)} failed: {failure.summary}"
         if failure.secondary and unresponsive:

@@ -36,6 +36,7 @@ class Failure:
 
     `secondary`: the exception only says that another rank was lost. `when`: Unix time in seconds. `error`: class,
     arguments and attributes of a WanduetError, which the parent process raises again; None for any other exception.
+    `task`: the number of the message that the worker had received last, 0 if none.
     """
 
     summary: str
@@ -43,9 +44,10 @@ class Failure:
     secondary: bool
     when: float
     error: tuple[type[WanduetError], tuple[Any, ...], dict[str, Any]] | None
+    task: int = 0
 
     @classmethod
-    def from_exception(cls, error: BaseException) -> "Failure":
+    def from_exception(cls, error: BaseException, task: int = 0) -> "Failure":
         """Create the report of an exception."""
         return cls(
             f"{type(error).__name__}: {error}",
@@ -53,6 +55,7 @@ class Failure:
             isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower()),
             time.time(),
             (type(error), error.args, dict(vars(error))) if isinstance(error, WanduetError) else None,
+            task,
         )
 
     def to_error(self) -> WanduetError:
@@ -265,7 +268,7 @@ def rank_main(
         rank = Rank(member.index, len(all_devices), device, member.timeout_s, mailbox, link, member.stop)
         mailbox.send(Result(work(rank, *args)))
     except BaseException as error:
-        mailbox.send(Failure.from_exception(error))
+        mailbox.send(Failure.from_exception(error, mailbox.task))
         sys.stderr.flush()
         os._exit(EXIT_FAILED)  # a normal exit would wait for ranks that are lost
     # Other ranks may still need this rank's connections. Not a barrier: it could time out while another rank works.

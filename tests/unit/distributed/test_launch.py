@@ -151,6 +151,33 @@ def test_a_cancel_concerns_its_task_only_however_early_or_late_it_comes() -> Non
         assert [report for index, report in reports if index == rank] == expected
 
 
+def work_that_fails(rank: Rank) -> None:
+    while (name := rank.receive()) is not None:
+        rank.report(name)
+        while name == "cancelled" and not rank.cancelled_locally():
+            time.sleep(0.002)
+        if name != "made":
+            raise NonFiniteLatentsError(2)
+
+
+@pytest.mark.usefixtures("forked")
+@pytest.mark.parametrize(
+    ("name", "error"), [("fails", NonFiniteLatentsError), ("cancelled", RankFailedError)], ids=["alone", "cancelled"]
+)
+def test_an_error_in_work_that_is_cancelled_is_that_of_a_lost_rank_to_the_next(
+    name: str, error: type[Exception]
+) -> None:
+    with RankGroup(work_that_fails, ["cpu"]) as group:
+        group.send("made")
+        number = group.send(name)
+        assert group.receive(60.0, number) == (0, name)
+        if name == "cancelled":
+            group.cancel(number)
+        following = group.send("following")
+        with pytest.raises(error, match="step 3"):
+            group.receive(60.0, following)
+
+
 @pytest.mark.usefixtures("forked")
 def test_receive_drops_messages_about_another_task() -> None:
     with RankGroup(tasks, ["cpu"]) as group:
