@@ -21,6 +21,7 @@ from wanduet.engine.ranks import work
 from wanduet.errors import CancelledError, InvalidRequestError, KernelFailedError, NonFiniteFramesError
 from wanduet.media.read import read_frames, read_metadata
 from wanduet.request import GenerationRequest
+from wanduet.stages.record import VideoRecord
 
 REQUEST = {"prompt": "a red circle", "height": 48, "width": 32, "num_frames": 9, "num_inference_steps": 4, "seed": 5}
 LONG = {"num_frames": 65}
@@ -169,3 +170,34 @@ def test_a_kernel_that_fails_in_a_decode_of_ranks_costs_no_video(config, guided,
     (note,) = job.notes
     assert note.startswith("decode: on one device (The kernel for causal_conv failed")
     assert_looks_the_same(tmp_path / "a.mkv", guided)
+
+
+def work_without_a_picture(rank: Rank, config: EngineConfig) -> None:
+    """Ranks whose decode gives NaN."""
+
+    def broken(*_: Any) -> Iterator[Any]:
+        raise NonFiniteFramesError("The VAE gave NaN.")
+        yield
+
+    ranks.decode_share = broken
+    work(rank, config)
+
+
+def test_nan_in_a_decode_of_ranks_leaves_the_latents_and_says_so(config, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("wanduet.engine.group.work", work_without_a_picture)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3]))
+    with Engine(replace(config, **PARALLEL)) as engine:
+        job = engine.submit(GenerationRequest(**REQUEST), OutputOptions(tmp_path / "a.mkv", "ffv1"))
+        with pytest.raises(NonFiniteFramesError) as caught:
+            job.result(60)
+    (kept,) = tmp_path.glob("*.latents.safetensors")
+    assert f"wanduet decode {kept} --vae-dtype float32" in str(caught.value.hint)
+
+
+def test_what_a_callback_changed_in_an_earlier_run_stays_known() -> None:
+    own, made = VideoRecord(0, 1, notes=["before"]), VideoRecord(0, 1, notes=["before", "new"], changed=True)
+    own.adopt(made)
+    assert own.changed
+    assert own.notes == ["before", "new"]
+    own.adopt(VideoRecord(0, 1))
+    assert own.changed
