@@ -259,9 +259,8 @@ class RankGroup:
             index, code = next(iter(exit_codes.items()))
             return RankFailedError(f"{self._name(index)} died: {_describe_exit(code)}.", index, hint=_HINTS.get(code))
         index, failure = (causes or by_time)[0]
-        if (
-            failure.error is not None and failure.task not in self._cancelled
-        ):  # else it is no concern of the next message
+        # What a rank raises in cancelled work is no concern of the next message: to that, the rank is lost.
+        if failure.error is not None and failure.task not in self._cancelled:
             return failure.to_error()
         message = f"{self._name(index)} failed: {failure.summary}"
         if failure.secondary and unresponsive:

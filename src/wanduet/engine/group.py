@@ -63,7 +63,8 @@ class Group:
         self.devices, self.timeout_s = plan.group.ranks, timeout_s
         self._ranks = RankGroup(work, plan.group.ranks, config, timeout_s=timeout_s)
         self._denoised: Tensor | None = None  # the latents denoised last, which the ranks still have
-        self._left = 0  # how many ranks have left the encode or decode that was sent last
+        # Of the encode or decode that was sent last: whether a rank has reported a part of it, how many have left it.
+        self._begun, self._left = False, 0
         self.is_stuck = False  # whether the ranks have not left a cancelled task in time, or have failed in it
 
     def suits(self, plan: Plan, request: ResolvedRequest) -> bool:
@@ -78,15 +79,13 @@ class Group:
 
     def encode_video(self, video: Video) -> Tensor:
         """Return normalised latents `[16, T, h, w]` float32 of the request's input video. Raises as `denoise` does."""
-        job, begun = video.job, False
-        self._left, number = 0, self._ranks.send(Assignment(video.plan, video.request, EncodeVideoTask(), video.id))
+        job, number = video.job, self._send(video, EncodeVideoTask())
         sent = time.perf_counter()
         while True:
             if job.cancelled:
-                self._leave(number, begun)  # the ranks skip it, or stop between two chunks of frames
+                self._leave(number)  # the ranks skip it, or stop between two chunks of frames
                 raise CancelledError("The job was cancelled.")
             message = self._next(number)
-            begun = begun or message is not None
             if isinstance(message, Event):
                 job.emit(message)
             elif isinstance(message, EncodedVideo):
@@ -147,18 +146,16 @@ class Group:
         generator is closed early, or the job is cancelled, wait until the ranks stop after a latent frame, as `denoise`
         does."""
         on_ranks, job = latents is self._denoised, video.job
-        task = DecodeTask(None if on_ranks else latents)
-        self._left, number = 0, self._ranks.send(Assignment(video.plan, video.request, task, video.id))
+        number = self._send(video, DecodeTask(None if on_ranks else latents))
         waiting: dict[int, list[DecodedRows]] = {}
         last: dict[int, dict[str, int]] = {}  # the memory peaks of each rank, by its first row
-        done, begun = 0, False
+        done = 0
         try:
             for frame in range(latents.shape[1]):
                 parts = waiting.setdefault(frame, [])
                 while len(parts) < len(self.devices):
                     job.check_cancelled()
                     message = self._next(number)
-                    begun = begun or message is not None
                     if isinstance(message, DecodedRows):
                         waiting.setdefault(message.frame, []).append(message)
                 parts.sort(key=lambda part: part.rows.start)
@@ -170,19 +167,24 @@ class Group:
                 job.emit(Event("decode", done, video.request.num_frames, video.index))
                 yield picture
         except (CancelledError, GeneratorExit):
-            self._leave(number, begun)
+            self._leave(number)
             raise
 
     def close(self) -> None:
         """End all processes."""
         self._ranks.close()
 
-    def _leave(self, number: int, begun: bool) -> None:
+    def _send(self, video: Video, task: EncodeVideoTask | DecodeTask) -> int:
+        """Send an encode or a decode to the ranks; return its number."""
+        self._begun, self._left = False, 0
+        return self._ranks.send(Assignment(video.plan, video.request, task, video.id))
+
+    def _leave(self, number: int) -> None:
         """Cancel task `number`, an encode or a decode. If the ranks have begun it, wait until they have left it: what
         fails in it until then must not reach the next job."""
         self._ranks.cancel(number)
         until = time.perf_counter() + CANCEL_SECONDS
-        while begun and self._left < len(self.devices) and not self.is_stuck:
+        while self._begun and self._left < len(self.devices) and not self.is_stuck:
             try:
                 self._next(number)
                 self.is_stuck = time.perf_counter() > until
@@ -197,7 +199,10 @@ class Group:
         except TimeoutError:
             return None
         report = None if item is None else item[1]
-        self._left += isinstance(report, Left)
+        if isinstance(report, Left):
+            self._left += 1
+        else:
+            self._begun = self._begun or report is not None
         return report
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,15 +11,15 @@ from wanduet.config import EngineConfig
 from wanduet.engine import group as module
 from wanduet.engine.group import EngineModels, Group
 from wanduet.engine.job import Event, Job, OutputOptions
-from wanduet.engine.ranks import Denoised, Left
+from wanduet.engine.ranks import DecodedRows, Denoised, Left
 from wanduet.engine.strategies import GroupStrategy
 from wanduet.errors import CancelledError, KernelFailedError
 from wanduet.jobs.watchdog import HangSettings
+from wanduet.models.vae.rows import Rows
 from wanduet.planning.cost import Seconds
 from wanduet.planning.hardware import detect
 from wanduet.planning.planner import make_plan
 from wanduet.request import GenerationRequest
-from wanduet.runtime.models import Models
 from wanduet.stages.record import VideoRecord
 
 
@@ -90,44 +91,49 @@ class StartedRanks:
         """Nothing to end."""
 
 
-def test_collectives_have_the_time_of_the_longest_step(tmp_path, monkeypatch) -> None:
-    """A forward at 1080p takes more than five minutes on an RTX 3060; the gather after it waits from its beginning."""
-    config = EngineConfig(model="miniature", devices="cpu,cpu", strategy="parallel", data_dir=tmp_path)
-    models, started = EngineModels(config), StartedRanks()
+@pytest.fixture
+def models(tmp_path) -> EngineModels:
+    """Of an engine on two ranks."""
+    return EngineModels(EngineConfig(model="miniature", devices="cpu,cpu", strategy="parallel", data_dir=tmp_path))
+
+
+@pytest.fixture
+def job(models, tmp_path) -> Job:
+    """A planned job."""
     request = GenerationRequest(prompt="x").resolve(models.spec)
-    plan = make_plan(request, models.memory, config, detect())
+    plan = make_plan(request, models.memory, models.config, detect())
+    return Job(request, plan, OutputOptions(tmp_path / "a.mp4"))
+
+
+def test_collectives_have_the_time_of_the_longest_step(models, job, monkeypatch) -> None:
+    """A forward at 1080p takes more than five minutes on an RTX 3060; the gather after it waits from its beginning."""
+    started = StartedRanks()
     monkeypatch.setattr(module, "RankGroup", started)
     for step_s in (16.0, 337.0, 16.0):
         slow = replace(
-            plan,
-            prediction=replace(plan.prediction, seconds=Seconds(step_s * request.num_inference_steps, 1.0)),
+            job.plan,
+            prediction=replace(job.plan.prediction, seconds=Seconds(step_s * job.request.num_inference_steps, 1.0)),
         )
-        with models.group(slow, request):
+        with models.group(slow, job.request):
             pass
     assert started.timeouts == [300.0, 1011.0]  # a patient group serves shorter steps, too
 
 
-def test_what_ranks_take_to_load_is_not_told_as_denoising(tmp_path, monkeypatch) -> None:
-    config = EngineConfig(model="miniature", devices="cpu,cpu", strategy="parallel", data_dir=tmp_path)
-    models, clock = Models(config), [0.0]
-    request = GenerationRequest(prompt="x").resolve(models.spec)
-    plan = make_plan(request, models.memory, config, detect())
-    video = Job(request, plan, OutputOptions(tmp_path / "a.mp4")).videos[0]
+def test_what_ranks_take_to_load_is_not_told_as_denoising(models, job, monkeypatch) -> None:
+    clock = [0.0]
+    video = job.videos[0]
     monkeypatch.setattr(module, "RankGroup", FakeRanks(clock))
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    Group(config, plan).denoise(video, None)
+    Group(models.config, job.plan).denoise(video, None)
     video.context.add_time("denoise_s", clock[0])  # as whoever asks for it does
     told = {name: video.timings[name] for name in ("load_s", "prepare_s", "denoise_s")}
     assert told == {"load_s": 8.0, "prepare_s": 2.0, "denoise_s": 3.0}
 
 
-def test_a_group_whose_kernel_failed_starts_again_without_it(tmp_path, monkeypatch) -> None:
+def test_a_group_whose_kernel_failed_starts_again_without_it(models, job, monkeypatch) -> None:
     """Ranks record the failure before they end, so those that start next do not use the kernel."""
-    config = EngineConfig(model="miniature", devices="cpu,cpu", strategy="parallel", data_dir=tmp_path)
-    models, made = EngineModels(config), torch.ones(1)
-    request = GenerationRequest(prompt="x").resolve(models.spec)
-    plan = make_plan(request, models.memory, config, detect())
-    video = Job(request, plan, OutputOptions(tmp_path / "a.mp4")).videos[0]
+    made = torch.ones(1)
+    video = job.videos[0]
     outcomes = [
         KernelFailedError("sparse attention by fast", "no such instruction"),
         Denoised(made, prepared(0.0), {}),
@@ -148,17 +154,13 @@ def test_a_group_whose_kernel_failed_starts_again_without_it(tmp_path, monkeypat
     assert note.startswith("denoise: group started again (The kernel for sparse attention by fast failed")
 
 
-def test_ranks_that_do_not_leave_a_cancelled_job_are_ended_before_the_worker_is(tmp_path, monkeypatch) -> None:
-    config = EngineConfig(model="miniature", devices="cpu,cpu", strategy="parallel", data_dir=tmp_path)
-    models, clock = EngineModels(config), [0.0]
-    request = GenerationRequest(prompt="x").resolve(models.spec)
-    plan = make_plan(request, models.memory, config, detect())
-    job = Job(request, plan, OutputOptions(tmp_path / "a.mp4"))
+def test_ranks_that_do_not_leave_a_cancelled_job_are_ended_before_the_worker_is(models, job, monkeypatch) -> None:
+    clock = [0.0]
     ranks = StuckRanks(clock)
     monkeypatch.setattr(module, "RankGroup", ranks)
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(job, "emit", lambda event: job.cancel())  # once they have begun
-    with pytest.raises(CancelledError), models.group(plan, request) as group:
+    with pytest.raises(CancelledError), models.group(job.plan, job.request) as group:
         group.denoise(job.videos[0], None)
     assert ranks.cancelled == [7]
     assert ranks.closed
@@ -166,13 +168,10 @@ def test_ranks_that_do_not_leave_a_cancelled_job_are_ended_before_the_worker_is(
     assert 1.0 < clock[0] < HangSettings().cancel_seconds - 2.0  # a little time is left to end them
 
 
-def test_a_rank_that_has_left_a_decode_before_its_cancel_is_not_waited_for(tmp_path, monkeypatch) -> None:
-    config = EngineConfig(model="miniature", devices="cpu,cpu", strategy="parallel", data_dir=tmp_path)
-    models, clock = EngineModels(config), [0.0]
-    request = GenerationRequest(prompt="x").resolve(models.spec)
-    plan = make_plan(request, models.memory, config, detect())
-    job = Job(request, plan, OutputOptions(tmp_path / "a.mp4"))
-    reports = [Left(), None, Left()]
+def test_a_rank_that_has_left_a_decode_before_its_cancel_is_not_waited_for(models, job, monkeypatch) -> None:
+    clock = [0.0]
+    rows = DecodedRows(0, Rows.whole(32), np.zeros((1, 16, 32, 3), np.uint8), {}, "torch")
+    reports = [rows, Left(), None, Left()]
 
     def receive(timeout: float, number: int) -> tuple[int, object]:
         clock[0] += timeout
@@ -186,7 +185,7 @@ def test_a_rank_that_has_left_a_decode_before_its_cancel_is_not_waited_for(tmp_p
     ranks = SimpleNamespace(send=lambda _: 7, receive=receive, cancel=cancelled.append)
     monkeypatch.setattr(module, "RankGroup", lambda *_, timeout_s: ranks)
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    group = Group(config, plan)
+    group = Group(models.config, job.plan)
     with pytest.raises(CancelledError):
         next(group.decode(job.videos[0], torch.zeros(16, 3, 4, 4)))
     assert cancelled == [7]
